@@ -1,0 +1,1 @@
+"""The file: adapters on disk, and what can be done with them."""

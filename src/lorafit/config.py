@@ -1,0 +1,168 @@
+"""Every knob, its default and its sentence, declared once: flags, config files and docs are made from these.
+
+Field names are unique over all four classes, so that the command line and config files stay flat:
+`--lr 1e-4`, `lr = 1e-4`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lorafit.errors import UsageError
+
+Names = str | tuple[str, ...]
+
+
+def knob(default: Any, help: str) -> Any:
+    """A dataclass field with its sentence; a mutable default is made afresh for every instance."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"{name} must be greater than 0, not {value}")
+
+
+def _within(config: object, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not low <= value < high:
+            raise UsageError(f"{name} must be at least {low:g} and below {high:g}, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """What is adapted, and how: ΔW = s·B·A with s = alpha/r (or alpha/√r with `rslora`)."""
+
+    r: int = knob(16, "rank of the update")
+    alpha: float = knob(32.0, "scale of the update: s = alpha / r, or alpha / sqrt(r) with rslora")
+    dropout: float = knob(0.0, "dropout on the input of A while training")
+    targets: Names = knob(
+        "all-linear",
+        "'all-linear' (every linear layer but the output head), name endings, or one regular expression",
+    )
+    exclude: Names = knob((), "name endings, or one regular expression, of layers to leave alone")
+    layers: tuple[int, ...] | None = knob(None, "adapt only the transformer blocks with these numbers")
+    init: str = knob("kaiming", "how A and B start (the names in lorafit.INITS)")
+    variant: str = knob("lora", "the formula (the names in lorafit.VARIANTS)")
+    rslora: bool = knob(False, "rank-stabilised scale, alpha / sqrt(r) (arXiv:2312.03732)")
+    rank_pattern: Mapping[str, int] = knob({}, "other ranks for some layers: {name ending or regex: r}")
+    alpha_pattern: Mapping[str, float] = knob(
+        {}, "other alphas for some layers: {name ending or regex: alpha}"
+    )
+    train_modules: tuple[str, ...] = knob(
+        (), "modules trained in full beside LoRA, by name ending: norm, lm_head"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "exclude", "layers", "train_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list | set):
+                object.__setattr__(self, name, tuple(value))
+        if isinstance(self.train_modules, str):
+            object.__setattr__(self, "train_modules", (self.train_modules,))
+        _positive(self, "r", "alpha")
+        _within(self, 0, 1, "dropout")
+        for pattern, label in ((self.rank_pattern, "rank_pattern"), (self.alpha_pattern, "alpha_pattern")):
+            for key, value in pattern.items():
+                if not value > 0:
+                    raise UsageError(f"{label}[{key!r}] must be greater than 0, not {value}")
+
+    def scale(self, r: int, alpha: float) -> float:
+        """The factor s in y = Wx + s·B·A·x for a layer of rank `r`."""
+        return alpha / r**0.5 if self.rslora else alpha / r
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model, and where it lives."""
+
+    model: str = knob("", "hub name, local folder, or .gguf file of the base model")
+    adapter: str | None = knob(None, "adapter folder to load on top")
+    revision: str | None = knob(None, "branch, tag or commit on the hub")
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = knob(
+        "auto", "precision of the base; auto: bfloat16 where the processor computes it natively, else float32"
+    )
+    device: str = knob("auto", "cpu, cuda, cuda:1, mps …; auto: the first accelerator, else cpu")
+    trust_remote_code: bool = knob(
+        False, "run Python code that comes with the model; leave off unless you read it"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where rows come from, and how they become batches."""
+
+    data: str = knob(
+        "", "hub dataset, or .json .jsonl .csv .parquet file; 'name:train[:1%]' takes a split or slice"
+    )
+    eval_data: str | None = knob(None, "held-out rows, in the same forms as data")
+    eval_rows: int = knob(0, "without eval_data: hold out this many rows of data, drawn by the seed")
+    max_length: int = knob(
+        1024, "longest row in tokens; longer ones are cut, and dropped if no answer token is left"
+    )
+    loss_on: Literal["assistant", "last", "all"] = knob(
+        "assistant", "which tokens carry loss: every assistant turn, the last one only, or all tokens"
+    )
+    chat_template: str | None = knob(
+        None, "file with a Jinja chat template, or 'plain', for a tokenizer that has none"
+    )
+    allow_dropped: float = knob(
+        0.05, "refuse to start when a larger share of the rows than this has to be dropped"
+    )
+    batch_size: int = knob(8, "rows per forward pass")
+    accumulate: int = knob(1, "forward passes per optimizer step; batch_size x accumulate rows make one step")
+    packing: bool = knob(True, "lay rows end to end, isolated from each other; off: pad them to equal length")
+    max_tokens_per_pack: int | None = knob(
+        None, "split a forward pass that would hold more tokens than this; the result stays the same"
+    )
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_length", "batch_size", "accumulate", "max_tokens_per_pack")
+        if self.eval_rows < 0:
+            raise UsageError(f"eval_rows must not be negative, not {self.eval_rows}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimizer and its schedule."""
+
+    lr: float = knob(2e-4, "peak learning rate")
+    epochs: float = knob(1.0, "passes over the data")
+    steps: int | None = knob(None, "stop after this many optimizer steps instead of after `epochs`")
+    schedule: Literal["cosine", "linear", "constant"] = knob(
+        "cosine", "how the learning rate falls after warm-up"
+    )
+    warmup: float = knob(
+        0.03, "share of the steps in which the learning rate rises from 0 (1 or more: steps)"
+    )
+    weight_decay: float = knob(0.0, "AdamW's decoupled weight decay")
+    betas: tuple[float, float] = knob((0.9, 0.999), "AdamW's two decay rates")
+    eps: float = knob(1e-8, "AdamW's epsilon")
+    max_grad_norm: float | None = knob(1.0, "clip the gradient to this norm; none: do not clip")
+    seed: int = knob(0, "order of the rows, start of A, dropout")
+    eval_every: int | None = knob(None, "evaluate every so many steps; none: once an epoch")
+    patience: int | None = knob(None, "stop when this many evaluations in a row brought no better loss")
+    keep_best: bool = knob(True, "end with the weights of the best evaluation instead of the last step's")
+
+    def __post_init__(self) -> None:
+        _positive(self, "lr", "epochs", "steps", "eps", "max_grad_norm", "eval_every", "patience")
+        if self.warmup < 0 or self.weight_decay < 0:
+            raise UsageError("warmup and weight_decay must not be negative")
+        object.__setattr__(self, "betas", tuple(self.betas))
+
+
+def as_dict(*configs: Any) -> dict[str, Any]:
+    """The settings of all `configs` as one flat dictionary that JSON and TOML can hold."""
+    flat: dict[str, Any] = {}
+    for config in configs:
+        for name, value in dataclasses.asdict(config).items():
+            flat[name] = (
+                list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
+            )
+    return flat

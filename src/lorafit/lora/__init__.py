@@ -1,0 +1,1 @@
+"""The method: formulas, initialisations, and putting them into a model."""

@@ -1,0 +1,210 @@
+"""The base model and its tokenizer: from the hub, a folder, or a GGUF file.
+
+What can be known before anything is read (a mistyped path, an adapter given as a model) is refused first; whatever
+transformers refuses after that arrives as one line. A model with a weight missing is refused too: transformers would
+fill it with random numbers and go on.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import utils as hub
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from lorafit.adapter.peft_format import load_lora
+from lorafit.errors import LorafitError, ModelError, UsageError, listing, nearest
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    adapter: str | Path | None = None,
+) -> tuple[nn.Module, Any]:
+    """The causal LM `name` (hub name, folder or .gguf file) ready for inference, and its tokenizer."""
+    place = resolve_device(device)
+    precision = resolve_dtype(dtype, place)
+    where, options = _source(name, revision, trust_remote_code)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    if "gguf_file" in options:  # left packed, its layers would be no nn.Linear
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if place.type != "cpu":  # straight from the file to the accelerator
+        options["device_map"] = {"": place}
+    with _explained(name, "model"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            where, dtype=precision, output_loading_info=True, **options
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"{name}: {len(missing)} weights are missing from its files: {listing(missing)}")
+    if adapter is not None:
+        load_lora(model, adapter)
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer alone, which reads no weights."""
+    where, options = _source(name, revision, trust_remote_code)
+    with _explained(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(where, **options)
+
+
+def load_skeleton(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model without its weights, on the meta device: for plans and counts that cost nothing."""
+    precision = resolve_dtype(dtype, resolve_device(device))
+    where, options = _source(name, revision, trust_remote_code)
+    with _explained(name, "model"):
+        config = AutoConfig.from_pretrained(where, **options)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=precision, trust_remote_code=trust_remote_code
+            )
+    return model.eval()
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """`auto` is the first accelerator, else the CPU; a device this machine lacks is refused."""
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device '{device}' cannot be used here: {_one_line(error)}") from error
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where `device` computes it natively, else float32: emulated bfloat16 is the slowest."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if _native_bfloat16(device) else torch.float32
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype '{dtype}'{nearest(dtype, DTYPES)}: use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_features())
+
+
+def _cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """What the processor says it can do; nothing where the system does not say, which means float32."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+
+
+def _source(name: str | Path, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """Where transformers shall look, and the keywords that say how."""
+    text = str(name)
+    path = Path(name).expanduser()
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if not text:
+        raise UsageError("no model given: name a model on the hub, a folder, or a .gguf file")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{name} is a file: a model is a folder with config.json, a .gguf file, or a hub name")
+        if not hasattr(transformers, "GgufConfig"):
+            raise ModelError(
+                f"{name}: GGUF files need transformers 5.23 or newer, not {transformers.__version__}: "
+                "pip install -U transformers"
+            )
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        _check_folder(path)
+        return str(path), options
+    if isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or path.suffix == ".gguf":
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ModelError(f"no such file or folder: {name}{nearest(path.name, siblings)}")
+    try:
+        hub.validate_repo_id(text)
+    except hub_errors.HFValidationError as error:
+        raise ModelError(f"'{name}' is neither a folder here nor a name that the hub could have") from error
+    return text, options
+
+
+def _check_folder(path: Path) -> None:
+    if (path / "config.json").is_file():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(f"{path} holds an adapter, not a model: give its base as the model and this as the adapter")
+    if packed := sorted(path.glob("*.gguf")):
+        raise ModelError(f"{path} has no config.json: for a GGUF model name the file, {packed[0]}")
+    raise ModelError(f"{path} has no config.json, so it is not a model folder")
+
+
+@contextmanager
+def _explained(name: str | Path, what: str) -> Iterator[None]:
+    """Whatever transformers says goes wrong, in one line; and nothing said where nothing does."""
+    try:
+        with _quiet():
+            yield
+    except LorafitError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
+        raise ModelError(f"{name}: {_reason(name, what, error)}") from error
+
+
+def _reason(name: str | Path, what: str, error: Exception) -> str:
+    causes = (error, error.__cause__, error.__context__)
+    if any(isinstance(e, hub_errors.GatedRepoError) for e in causes):
+        return f"gated: accept its terms on https://huggingface.co/{name}, then `hf auth login`"
+    if any(isinstance(e, hub_errors.RepositoryNotFoundError) for e in causes):
+        return "no such folder here, and no such model on the hub (a private one needs `hf auth login`)"
+    if any(isinstance(e, hub_errors.RevisionNotFoundError) for e in causes):
+        return "the hub has this model, but not this revision"
+    if any(isinstance(e, hub_errors.LocalEntryNotFoundError) for e in causes):
+        return "no such folder here, not in the hub's cache, and the hub cannot be reached"
+    if "custom code" in str(error):
+        return "it brings Python code of its own: read that, then load it with trust_remote_code"
+    return f"its {what} cannot be loaded: {_one_line(error)}"
+
+
+def _one_line(error: BaseException, limit: int = 240) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No log lines and no bar per tensor from transformers; the hub's download bars stay."""
+    verbosity, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), _hub_bars()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if hub_bars:
+        hub.enable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _hub_bars() -> bool:
+    return not hub.are_progress_bars_disabled() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ

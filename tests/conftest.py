@@ -1,0 +1,94 @@
+"""Shared by all tests: tiny random models of many families, and the optional material beside the checkout."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+transformers.logging.set_verbosity_error()
+torch.set_num_threads(2)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# What a family's configuration needs beyond the sizes above; windows of 4 so that tests leave them at once.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 4, "head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8, "num_hidden_layers": 3},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8, "num_hidden_layers": 3},
+    "phi3": {"original_max_position_embeddings": 128},
+    "gpt2": {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "bloom": {"n_head": 4, "n_layer": 2},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True, "bias": False},
+    "mixtral": {"num_local_experts": 4, "head_dim": 8},
+}
+
+
+def build(family: str, **changes: Any) -> nn.Module:
+    """A tiny random causal language model of `family`, fp32, evaluation mode, the same for the same arguments."""
+    config = transformers.AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {}), **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        # Random models start with zero biases and unit norms; real ones do not, and mistakes hide behind them.
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture
+def tiny() -> Callable[..., nn.Module]:
+    return build
+
+
+@pytest.fixture
+def shared() -> Callable[[str], Path]:
+    """`shared("data/chat")` is material that is not part of the repository; the test skips where it is absent."""
+    root = Path(__file__).resolve().parents[2] / "shared"
+
+    def find(name: str) -> Path:
+        if not (root / name).exists():
+            pytest.skip(f"shared/{name} is not beside this checkout")
+        return root / name
+
+    return find
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def ids(batch: int = 2, length: int = 12, vocab: int = 96) -> torch.Tensor:
+    """Token ids that are the same for the same arguments."""
+    generator = torch.Generator().manual_seed(batch * 1000 + length)
+    return torch.randint(3, vocab, (batch, length), generator=generator)
+
+
+@pytest.fixture
+def token_ids() -> Callable[..., torch.Tensor]:
+    return ids
