@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 transformers.logging.set_verbosity_error()
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -50,6 +50,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def build(family: str, **changes: Any) -> nn.Module:
     """A tiny random causal language model of `family`, fp32, evaluation mode, the same for the same arguments."""
     config = transformers.AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {}), **changes})
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -60,12 +63,12 @@ def build(family: str, **changes: Any) -> nn.Module:
     return model.eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> Callable[..., nn.Module]:
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
     """`shared("data/chat")` is material that is not part of the repository; the test skips where it is absent."""
     root = Path(__file__).resolve().parents[2] / "shared"
@@ -89,6 +92,48 @@ def ids(batch: int = 2, length: int = 12, vocab: int = 96) -> torch.Tensor:
     return torch.randint(3, vocab, (batch, length), generator=generator)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def token_ids() -> Callable[..., torch.Tensor]:
     return ids
+
+
+def uneven(count: int = 24, vocab: int = 96, longest: int = 60, seed: int = 1) -> list[Any]:
+    """Examples of very uneven lengths, each a random prompt and a random supervised answer."""
+    from lorafit.data.chat import IGNORE, Example
+
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number in range(count):
+        length = int(torch.randint(2, longest, (1,), generator=generator))
+        prompt = int(torch.randint(1, length, (1,), generator=generator))
+        tokens = torch.randint(3, vocab, (length,), generator=generator).tolist()
+        labels = [IGNORE] * prompt + tokens[prompt:]
+        made.append(Example(ids=tokens, labels=labels, source=f"row {number}"))
+    return made
+
+
+@pytest.fixture(scope="session")
+def examples() -> Callable[..., list[Any]]:
+    return uneven
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """A test that asks for `family` runs once for each."""
+    return str(request.param)
+
+
+def shake(model: nn.Module, seed: int = 3) -> nn.Module:
+    """Give the trained parameters values as after training: no B at 0, the update about a third of the base."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(0.1 * noise.to(parameter.dtype))
+    return model
+
+
+@pytest.fixture
+def shaken() -> Callable[..., nn.Module]:
+    return shake

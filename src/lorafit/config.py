@@ -5,8 +5,10 @@ Field names are unique over all four classes, so that the command line and confi
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 from lorafit.errors import UsageError
@@ -24,15 +26,30 @@ def knob(default: Any, help: str) -> Any:
 def _positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"{name} must be greater than 0, not {value}")
+        if value is not None and not (_is_number(value) and value > 0):
+            raise UsageError(f"{name} must be a number greater than 0, not {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _within(config: object, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not low <= value < high:
-            raise UsageError(f"{name} must be at least {low:g} and below {high:g}, not {value}")
+        if not (_is_number(value) and low <= value < high):
+            raise UsageError(f"{name} must be at least {low:g} and below {high:g}, not {value!r}")
+
+
+def _named(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, str) and not all(isinstance(v, str) and v for v in _items(value)):
+            raise UsageError(f"{name} must be a string or a list of names, not {value!r}")
+
+
+def _items(value: Any) -> Any:
+    return value if isinstance(value, tuple) else (None,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +79,24 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name in ("targets", "exclude", "layers", "train_modules"):
             value = getattr(self, name)
-            if isinstance(value, list | set):
-                object.__setattr__(self, name, tuple(value))
-        if isinstance(self.train_modules, str):
-            object.__setattr__(self, "train_modules", (self.train_modules,))
+            if isinstance(value, list | set) or (name == "train_modules" and isinstance(value, str)):
+                value = (value,) if isinstance(value, str) else tuple(value)
+                object.__setattr__(self, name, value)
+        _named(self, "targets", "exclude", "train_modules")
+        if self.layers is not None and not all(type(n) is int and n >= 0 for n in _items(self.layers)):
+            raise UsageError(f"layers must be a list of block numbers, not {self.layers!r}")
         _positive(self, "r", "alpha")
         _within(self, 0, 1, "dropout")
-        for pattern, label in ((self.rank_pattern, "rank_pattern"), (self.alpha_pattern, "alpha_pattern")):
+        for label in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, label)
+            if not isinstance(pattern, Mapping):
+                raise UsageError(f"{label} must map names to numbers, not {pattern!r}")
             for key, value in pattern.items():
-                if not value > 0:
-                    raise UsageError(f"{label}[{key!r}] must be greater than 0, not {value}")
+                if not (_is_number(value) and value > 0):
+                    raise UsageError(f"{label}[{key!r}] must be a number greater than 0, not {value!r}")
+        for rank in (self.r, *self.rank_pattern.values()):
+            if rank != int(rank):
+                raise UsageError(f"a rank must be a whole number, not {rank!r}")
 
     def scale(self, r: int, alpha: float) -> float:
         """The factor s in y = Wx + s·B·A·x for a layer of rank `r`."""

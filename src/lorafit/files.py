@@ -1,7 +1,7 @@
 """The only writer: a folder appears whole, or not at all.
 
-Everything is written under a temporary name beside its final place, forced to disk, and moved there in one step. A
-reader that comes at any moment, or after a crash, finds the old folder or the new one.
+Everything is written under a temporary name beside its final place, forced to disk, and moved there in one
+step. A reader that comes at any moment, or after a crash, finds the old folder or the new one.
 """
 
 import ctypes
@@ -21,8 +21,8 @@ from lorafit.errors import DiskError, listing
 def new_folder(path: str | Path, replaces: Iterable[str] | None = None) -> Iterator[Path]:
     """Yields an empty temporary folder that becomes `path` when the block ends without an error.
 
-    An existing `path` is exchanged for the new folder only if it is empty or holds nothing but files matching the
-    patterns in `replaces` (None: whatever it holds); otherwise DiskError, and nothing is lost.
+    An existing `path` is exchanged for the new folder only if it is empty or holds nothing but files matching
+    the patterns in `replaces` (None: whatever it holds); otherwise DiskError, and nothing is lost.
     """
     target = Path(path).expanduser().absolute()
     _check_replaceable(target, replaces)
@@ -34,6 +34,8 @@ def new_folder(path: str | Path, replaces: Iterable[str] | None = None) -> Itera
         yield temporary
         _settle(temporary)
         _move(temporary, target)
+    except DiskError:
+        raise
     except OSError as error:
         raise DiskError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:

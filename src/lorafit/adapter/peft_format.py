@@ -1,11 +1,12 @@
 """Save and load adapters in PEFT's format. This is the only file that knows PEFT's words.
 
 On disk an adapter is a folder with `adapter_model.safetensors` and `adapter_config.json`. A tensor is called
-`base_model.model.` + the layer's name in the plain model + `.lora_A.weight` and so on; that prefix is all there is to
-rename, since our modules have PEFT's names.
+`base_model.model.` + the layer's name in the plain model + `.lora_A.weight` and so on; that prefix is all
+there is to rename, since our modules have PEFT's names.
 
-Loading trusts nothing: the tensors that the model and the configuration call for are computed first, every difference
-is reported at once, and only expected tensors are ever copied, and only into A, B and the copies trained in full.
+Loading trusts nothing: the tensors that the model and the configuration call for are computed first, every
+difference is reported at once, and only expected tensors are ever copied, and only into A, B and the copies
+trained in full.
 """
 
 import json
@@ -25,13 +26,14 @@ from lorafit.config import LoraConfig, Names
 from lorafit.errors import AdapterError, NumericError, UsageError, listing, nearest
 from lorafit.files import new_folder, write_json
 from lorafit.lora import inject
-from lorafit.lora.inject import Plan, Target
+from lorafit.lora.inject import Plan
 from lorafit.lora.layers import VARIANTS, LoraEmbedding, TrainedCopy
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-# Every field PEFT 0.21 writes, with the value it has in a plain LoRA adapter.
+# Every field PEFT 0.21 writes, with the value it has in a plain LoRA adapter (`runtime_config` it never
+# stores).
 DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},
@@ -65,7 +67,6 @@ DEFAULTS: dict[str, Any] = {
     "r": 8,
     "rank_pattern": {},
     "revision": None,
-    "runtime_config": None,
     "target_modules": None,
     "target_parameters": None,
     "task_type": None,
@@ -78,28 +79,32 @@ DEFAULTS: dict[str, Any] = {
 }
 # Fields that say how an adapter was trained or where it came from: they do not change what it computes.
 HISTORY = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
-    "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "runtime_config", "task_type", "velora_config",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "fan_in_fan_out", "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "task_type", "velora_config",
 }  # fmt: skip
 # Fields that are read below.
 UNDERSTOOD = {
-    "alpha_pattern", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora",
+    "alpha_pattern", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_dora",
+    "use_rslora",
 }  # fmt: skip
-# Initialisations that leave the base weight alone; PEFT changes the base for the others when it loads such a file.
+# Initialisations that leave the base weight alone; PEFT changes the base for the others when it loads such a
+# file.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-# --- saving -----------------------------------------------------------------------------------------------------------
+# --- saving ---------------------------------------------------------------------------------------
 
 
 def save_lora(model: nn.Module, path: str | Path, base_model: str | None = None) -> Path:
-    """Write the adapter that `model` carries as the folder `path`; PEFT and everything that reads its format opens it.
+    """Write the adapter that `model` carries as the folder `path`; PEFT and everything that reads its format
+    opens it.
 
-    `base_model` is the name written for whoever loads it (default: where the model came from). An existing adapter in
-    `path` is replaced in one step; a folder that holds anything else is left alone. Returns the folder.
-    Raises UsageError without an adapter, NumericError (and writes nothing) if it holds NaN or infinity.
+    `base_model` is the name written for whoever loads it (default: where the model came from). An existing
+    adapter in `path` is replaced in one step; a folder that holds anything else is left alone. Returns the
+    folder. Raises UsageError without an adapter, NumericError (and writes nothing) if it holds NaN or
+    infinity.
     """
     found = inject.attached(model)
     if found is None:
@@ -116,7 +121,7 @@ def save_lora(model: nn.Module, path: str | Path, base_model: str | None = None)
 
 
 def unload_lora(model: nn.Module, path: str | Path | None = None) -> None:
-    """Take the adapter out, saving it to `path` first if given: weights, names and `requires_grad` are as before it."""
+    """Take the adapter out, first saving it to `path` if given; the model is as it was before it."""
     if path is not None:
         save_lora(model, path)
     inject.remove_lora(model)
@@ -137,12 +142,10 @@ def _describe(model: nn.Module, plan: Plan, base_model: str | None) -> dict[str,
     config = plan.config
     modules = inject.plain_modules(model)
     hf_config = getattr(model, "config", None)
-    causal = (
-        callable(getattr(model, "get_output_embeddings", None)) and model.get_output_embeddings() is not None
-    )
+    head = getattr(model, "get_output_embeddings", None)
+    causal = callable(head) and head() is not None
     names = [target.name for target in plan.targets]
-    written = {name: value for name, value in DEFAULTS.items() if name != "runtime_config"}  # PEFT never stores it
-    return written | {
+    return DEFAULTS | {
         "base_model_name_or_path": base_model or getattr(hf_config, "_name_or_path", None) or None,
         "fan_in_fan_out": any(isinstance(modules[name], Conv1D) for name in names),
         "lora_alpha": _number(config.alpha),
@@ -176,9 +179,11 @@ def _target_modules(names: list[str], modules: list[str]) -> list[str] | str:
 
 
 def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """Disjoint keys for the layers whose value differs: a name ending where all layers with it agree, else full names.
+    """Disjoint keys for the layers whose value differs: a name ending where all layers with it agree, else
+    full names.
 
-    PEFT takes the first matching key of a file whose keys it sorts when writing; with disjoint keys any order is right.
+    PEFT takes the first matching key of a file whose keys it sorts when writing; with disjoint keys any order
+    is right.
     """
     by_ending: dict[str, set[float]] = {}
     for name, value in values.items():
@@ -193,15 +198,15 @@ def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
     return pattern
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def load_lora(model: nn.Module, path: str | Path, *, trainable: bool = True) -> Plan:
     """Put the adapter in the folder `path` into `model`, in place of any it carries; returns what was loaded.
 
-    The model's function then equals PEFT's with the same file. With `trainable=False` A and B are frozen as well.
-    Raises AdapterError in one line that lists every missing, unexpected, mis-shaped or non-finite tensor; the model is
-    unchanged then, and the base weights are in any case.
+    The model's function then equals PEFT's with the same file. With `trainable=False` A and B are frozen as
+    well. Raises AdapterError in one line that lists every missing, unexpected, mis-shaped or non-finite
+    tensor; the model is unchanged then, and the base weights are in any case.
     """
     folder = Path(path)
     tensors = _read_tensors(folder)
@@ -216,29 +221,34 @@ def load_lora(model: nn.Module, path: str | Path, *, trainable: bool = True) -> 
     with torch.no_grad():
         for name, layer in inject.wrappers(model):
             inner = layer.trained if isinstance(layer, TrainedCopy) else layer
-            for key, parameter in inner.named_parameters():
+            for key, value in inner.state_dict(keep_vars=True).items():
                 if not key.startswith("base_layer."):
-                    parameter.copy_(tensors[f"{name}.{key}"])
-                    parameter.requires_grad_(trainable)
+                    value.copy_(tensors[f"{name}.{key}"])
+                    if isinstance(value, nn.Parameter):
+                        value.requires_grad_(trainable)
     return plan
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The file's tensors, under plain names: without PEFT's prefix and the traces of wrappers and adapter names."""
+    """The file's tensors under plain names: no PEFT prefix, no traces of wrappers and adapter names."""
     file = folder / WEIGHTS
     if not file.is_file():
         if (folder / "adapter_model.bin").is_file():
             raise AdapterError(
-                f"{folder}: adapter_model.bin is a pickle, which lorafit never opens: load it in PEFT and save it again "
-                "with save_pretrained, which writes safetensors"
+                f"{folder}: adapter_model.bin is a pickle, which lorafit never opens: load it in PEFT and "
+                "save it again with save_pretrained, which writes safetensors"
             )
         raise AdapterError(
             f"{folder}: no {WEIGHTS} here; give the folder that holds an adapter in PEFT's format"
         )
     try:
         with safe_open(file, framework="pt") as opened:
-            return {_plain_key(key): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+            keys = {key: _plain_key(key) for key in opened.keys()}  # noqa: SIM118
+            twice = [key for key, plain in keys.items() if list(keys.values()).count(plain) > 1]
+            if twice:
+                raise AdapterError(f"{file}: several tensors for one place: {listing(twice)}")
+            return {plain: opened.get_tensor(key) for key, plain in keys.items()}
+    except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{file}: not a readable safetensors file ({str(error).splitlines()[0]})"
         ) from error
@@ -260,7 +270,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{folder}: no {CONFIG} here; give the folder that holds an adapter in PEFT's format"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: not readable as JSON ({error})") from error
     if not isinstance(raw, dict):
         raise AdapterError(f"{file}: a JSON object is expected, not {type(raw).__name__}")
@@ -281,16 +291,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
             )
     if raw.get("init_lora_weights", True) not in PLAIN_INITS:
         raise AdapterError(
-            f"{file}: init_lora_weights={raw['init_lora_weights']!r} belongs to a changed base model; convert the adapter "
-            "in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"{file}: init_lora_weights={raw['init_lora_weights']!r} belongs to a changed base model; "
+            "convert the adapter in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     return DEFAULTS | raw
 
 
 def _plan(model: nn.Module, raw: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> Plan:
     """What the file asks for in this model, with PEFT's meaning of every field."""
-    modules = inject.plain_modules(model)
-    trained = _trained_names(raw["modules_to_save"] or (), modules, tensors)
     try:
         config = LoraConfig(
             r=raw["r"],
@@ -301,27 +309,23 @@ def _plan(model: nn.Module, raw: dict[str, Any], tensors: Mapping[str, Tensor], 
             layers=_layers(raw["layers_to_transform"]),
             variant="dora" if raw["use_dora"] else "lora",
             rslora=bool(raw["use_rslora"]),
-            train_modules=trained,
+            train_modules=_trained_names(raw["modules_to_save"] or [], model, tensors),
         )
         plan = inject.find_targets(model, config, strict=False)
+        names = [target.name for target in plan.targets]
+        config = replace(
+            config,
+            rank_pattern=_spelled_out(raw["rank_pattern"], names, raw["r"]),
+            alpha_pattern=_spelled_out(raw["alpha_pattern"], names, raw["lora_alpha"]),
+        )
+        return inject.find_targets(model, config, strict=False)
     except (TypeError, AttributeError, UsageError, re.error) as error:
         raise AdapterError(f"{where}: {CONFIG} does not fit this model: {error}") from error
-    # PEFT takes the first key that matches, in the file's order; spell the outcome out, one full name per layer.
-    ranks = {t.name: _first_match(raw["rank_pattern"], t.name, raw["r"]) for t in plan.targets}
-    alphas = {t.name: _first_match(raw["alpha_pattern"], t.name, raw["lora_alpha"]) for t in plan.targets}
-    config = replace(
-        config,
-        rank_pattern={name: int(r) for name, r in ranks.items() if r != config.r},
-        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != config.alpha},
-    )
-    targets = tuple(Target(t.name, int(ranks[t.name]), float(alphas[t.name]), t.shape) for t in plan.targets)
-    return replace(plan, config=config, targets=targets)
 
 
 def _targets(raw: dict[str, Any], tensors: Mapping[str, Tensor]) -> Names:
-    if (
-        raw["target_modules"] is None
-    ):  # PEFT then looks the model type up in a table; the tensors themselves know better
+    if raw["target_modules"] is None:
+        # PEFT then looks the model type up in a table; the tensors themselves know better.
         return tuple({key.split(".lora_")[0] for key in tensors if ".lora_" in key})
     return _names(raw["target_modules"])
 
@@ -337,46 +341,53 @@ def _layers(value: Any) -> tuple[int, ...] | None:
     return None if value in (None, []) else (value,) if isinstance(value, int) else tuple(value)
 
 
-def _first_match(pattern: Mapping[str, float], name: str, default: float) -> float:
-    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+def _spelled_out(pattern: Mapping[str, Any], names: list[str], default: float) -> dict[str, Any]:
+    """PEFT takes the first key that matches, in the file's order: the outcome, one full name per layer."""
+    rules = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
+    if not rules:
+        return {}
+    return {name: next((value for rule, value in rules if rule.match(name)), default) for name in names}
 
 
-def _trained_names(
-    patterns: Any, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
-) -> tuple[str, ...]:
-    """PEFT wraps every module whose name ends in one of the patterns; the file says which of them it holds."""
+def _trained_names(patterns: list[str], model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """PEFT wraps all modules that end in one of the patterns; the file says which of them it holds."""
+    if not isinstance(patterns, list):
+        raise UsageError(f"modules_to_save is {patterns!r}, not a list of names")
+    modules = inject.plain_modules(model)
     ending = [name for name in modules if any(name.endswith(pattern) for pattern in patterns)]
-    held = [n for n in ending if any(f"{n}.{key}" in tensors for key, _ in modules[n].named_parameters())]
+    held = [name for name in ending if any(f"{name}.{key}" in tensors for key in modules[name].state_dict())]
     return tuple(held or patterns)
 
 
 def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Compare what the model and configuration call for with what the file holds; raise one line with every difference."""
+    """Compare what model and configuration call for with the file; raise one line with every difference."""
     modules = inject.plain_modules(model)
-    expected: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, Tensor] = {}
     for target in plan.targets:
-        kind = (
-            LoraEmbedding if isinstance(modules[target.name], nn.Embedding) else VARIANTS[plan.config.variant]
-        )
-        shapes = kind.tensor_shapes(*target.shape, target.r)
-        expected |= {f"{target.name}.{key}": shape for key, shape in shapes.items()}
+        embedding = isinstance(modules[target.name], nn.Embedding)
+        kind = LoraEmbedding if embedding else VARIANTS[plan.config.variant]
+        for key, shape in kind.tensor_shapes(*target.shape, target.r).items():
+            expected[f"{target.name}.{key}"] = torch.empty(shape, device="meta")
     for name in plan.trained:
-        expected |= {f"{name}.{key}": tuple(p.shape) for key, p in modules[name].named_parameters()}
-    copies = {key for key in tensors if _is_copy_of_base(key, tensors[key], modules, plan)}
-    shared = expected.keys() & tensors.keys()
+        expected |= {f"{name}.{key}": tensor for key, tensor in modules[name].state_dict().items()}
+    copies = {key for key in tensors if _own_weight(key, modules, plan) is not None}
+    shared = sorted(expected.keys() & tensors.keys())
     problems = {
         "missing": sorted(expected.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - expected.keys() - copies),
         "of the wrong shape": [
-            f"{key} is {tuple(tensors[key].shape)}, the model and {CONFIG} say {expected[key]}"
-            for key in sorted(shared)
-            if tuple(tensors[key].shape) != expected[key]
+            f"{key} is {tuple(tensors[key].shape)}, the model and {CONFIG} say {tuple(expected[key].shape)}"
+            for key in shared
+            if tensors[key].shape != expected[key].shape
         ],
-        "not floating point": [
-            f"{key} ({tensors[key].dtype})" for key in sorted(shared) if not tensors[key].is_floating_point()
+        "of the wrong dtype": [
+            f"{key} is {tensors[key].dtype}"
+            for key in shared
+            if tensors[key].is_floating_point() != expected[key].is_floating_point()
         ],
-        "NaN or infinite": [
-            k for k in sorted(shared) if tensors[k].is_floating_point() and not tensors[k].isfinite().all()
+        "NaN or infinite": [key for key in shared if not tensors[key].float().isfinite().all()],
+        "copied from another base model": [
+            key for key in sorted(copies) if not _equal(_own_weight(key, modules, plan), tensors[key])
         ],
     }
     found = [f"{len(keys)} tensors {what}: {listing(keys, 4)}" for what, keys in problems.items() if keys]
@@ -384,12 +395,13 @@ def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], where: s
         raise AdapterError(f"{where}: does not fit this model; {'; '.join(found)}; nothing was loaded")
 
 
-def _is_copy_of_base(key: str, tensor: Tensor, modules: Mapping[str, nn.Module], plan: Plan) -> bool:
-    """PEFT also writes the whole frozen matrix of an adapted embedding or head; harmless where it is the model's own."""
+def _own_weight(key: str, modules: Mapping[str, nn.Module], plan: Plan) -> Tensor | None:
+    """PEFT also writes the frozen matrix of an adapted embedding or head: the one that `key` repeats."""
     name, found, parameter = key.rpartition(".base_layer.")
     if not found or name not in {target.name for target in plan.targets}:
-        return False
-    own = dict(modules[name].named_parameters()).get(parameter)
-    return (
-        own is not None and own.shape == tensor.shape and bool(torch.equal(own.cpu(), tensor.to(own.dtype)))
-    )
+        return None
+    return dict(modules[name].named_parameters()).get(parameter)
+
+
+def _equal(own: Tensor | None, copied: Tensor) -> bool:
+    return own is not None and own.shape == copied.shape and torch.equal(own.cpu(), copied.to(own.dtype))

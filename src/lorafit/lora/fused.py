@@ -1,9 +1,9 @@
 """The low-rank linear y = x·Wᵀ + b + s·(x̃·Aᵀ)·Bᵀ with its backward written by hand.
 
-It replaces five autograd nodes and two (n, out)-sized temporaries per layer. With a frozen W nothing of W's own
-gradient is needed, so only x̃ and the thin product h = x̃·Aᵀ are kept:
+It replaces five autograd nodes and two (n, out)-sized temporaries per layer. With a frozen W nothing of W's
+own gradient is needed, so only x̃ and the thin product h = x̃·Aᵀ are kept:
 
-    forward   h = x̃·Aᵀ            y = x·Wᵀ + b,  y += s·h·Bᵀ        (in place, in the matrix product's own epilogue)
+    forward   h = x̃·Aᵀ            y = x·Wᵀ + b,  y += s·h·Bᵀ  (in place, in the matrix product's own epilogue)
     backward  k = s·ḡ·B           x̄ = ḡ·W,       x̄ += k·A           B̄ = s·ḡᵀ·h      Ā = kᵀ·x̃
 
 n tokens, x̃ the input after dropout (x itself without), ḡ = ∂L/∂y (n, out), h and k (n, r).

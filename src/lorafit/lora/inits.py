@@ -1,7 +1,7 @@
 """How A and B start: a registry of pure functions (W, r, s) -> (A, B).
 
-W (out, in) is the frozen weight, r the rank, s the scale of the update; A is (r, in), B is (out, r), both in fp32 or
-wider. Adding an initialisation is one decorated function here, or in your own code:
+W (out, in) is the frozen weight, r the rank, s the scale of the update; A is (r, in), B is (out, r), both in
+fp32 or wider. Adding an initialisation is one decorated function here, or in your own code:
 
     @init("mine")
     def mine(W, r, s): ...
@@ -30,7 +30,7 @@ def init(name: str) -> Callable[[Init], Init]:
 
 
 def factor_dtype(W: Tensor) -> torch.dtype:
-    """A and B are kept in fp32, over a float64 base in float64: small updates do not survive in half precision."""
+    """fp32, over a float64 base float64: small updates do not survive in half precision."""
     return torch.promote_types(W.dtype, torch.float32)
 
 
@@ -43,20 +43,20 @@ def _empty(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 @init("kaiming")
 def kaiming(W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor]:
-    """A ~ U(−1/√in, 1/√in), B = 0: what nn.Linear itself starts from, and the field's default (loralib, PEFT)."""
+    """A ~ U(−1/√in, 1/√in), B = 0: what nn.Linear itself starts from, and the field's default (loralib)."""
     A, B = _empty(W, r)
     return torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5)), B
 
 
 @init("gaussian")
 def gaussian(W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor]:
-    """A ~ N(0, 1/r²), B = 0: the paper's wording (Hu et al. 2021, arXiv:2106.09685 §4.1), with PEFT's deviation 1/r."""
+    """A ~ N(0, 1/r²), B = 0: Hu et al. 2021, arXiv:2106.09685 §4.1, with the deviation that PEFT takes."""
     A, B = _empty(W, r)
     return torch.nn.init.normal_(A, std=1 / r), B
 
 
 @init("gaussian_both")
 def gaussian_both(W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor]:
-    """A, B ~ N(0, 0.02²): an adapter that differs from the base at once, for tests of loading and unloading."""
+    """A, B ~ N(0, 0.02²): differs from the base at once, for tests of loading and unloading."""
     A, B = _empty(W, r)
     return torch.nn.init.normal_(A, std=0.02), torch.nn.init.normal_(B, std=0.02)

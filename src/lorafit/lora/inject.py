@@ -1,10 +1,11 @@
 """Put LoRA into a model and take it out again: plan the targets, execute, switch off, remove, merge, count.
 
-Planning is pure: `find_targets` reads a model and a configuration and returns a `Plan` that can be printed before
-anything is touched. `add_lora` executes exactly that plan.
+Planning is pure: `find_targets` reads a model and a configuration and returns a `Plan` that can be printed
+before anything is touched. `add_lora` executes exactly that plan.
 
-Matching follows PEFT: 'all-linear' is every linear layer but the output head; a list holds names or name endings at a
-dot; a single string is one regular expression for the whole name. Unlike PEFT, a name that matches nothing is an error.
+Matching follows PEFT: 'all-linear' is every linear layer but the output head; a list holds names or name
+endings at a dot; a single string is one regular expression for the whole name. Unlike PEFT, a name that
+matches nothing is an error.
 """
 
 import re
@@ -19,6 +20,7 @@ from torch import nn
 
 from lorafit.config import LoraConfig, Names
 from lorafit.errors import NumericError, UsageError, listing, nearest
+from lorafit.lora.inits import INITS
 from lorafit.lora.layers import VARIANTS, LoraEmbedding, LoraLinear, TrainedCopy
 from lorafit.lora.weights import is_readable, read_weight, write_weight
 
@@ -27,7 +29,7 @@ Wrapper = LoraLinear | TrainedCopy
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt: its name in the model, its rank and alpha, and the shape (out, in) of its weight."""
+    """One layer to adapt: its name in the model, rank, alpha, and the shape (out, in) of its weight."""
 
     name: str
     r: int
@@ -59,9 +61,8 @@ class Plan:
         lines.append(f"trained: {self.trainable:,} of {self.total:,} parameters ({share:.4f} %)")
         if self.unreachable:
             missed = sum(self.unreachable.values())
-            lines.append(
-                f"not reachable by LoRA, stays frozen: {missed:,} parameters ({100 * missed / self.total:.1f} %)"
-            )
+            share = 100 * missed / self.total
+            lines.append(f"not reachable by LoRA, stays frozen: {missed:,} parameters ({share:.1f} %)")
             lines += [f"  {text}  ×{count}" for text, count in collapse(self.unreachable)]
         return "\n".join(lines)
 
@@ -82,19 +83,23 @@ class Attached:
     flags: Mapping[str, bool]
 
 
-# --- planning ---------------------------------------------------------------------------------------------------------
+# --- planning -------------------------------------------------------------------------------------
 
 
 def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Plan:
     """Which layers `config` adapts in `model`, with rank and alpha each. Changes nothing.
 
-    With `strict` every name in the configuration has to match something; without, those that match nothing are passed
-    over (files written for several models list names that one of them lacks).
-    Raises UsageError naming every pattern that matches nothing, with the nearest names.
+    With `strict` every name in the configuration has to match something; without, those that match nothing
+    are passed over (files written for several models list names that one of them lacks). Raises UsageError
+    naming every pattern that matches nothing, with the nearest names.
     """
+    for label, name, known in (("variant", config.variant, VARIANTS), ("init", config.init, INITS)):
+        if name not in known:
+            raise UsageError(f"unknown {label} '{name}'{nearest(name, known)}; known: {', '.join(known)}")
     modules = plain_modules(model)
     trained = _trained_modules(modules, config.train_modules, strict)
-    # nn.MultiheadAttention multiplies with its children's weights itself: a wrapper there would never be called.
+    # nn.MultiheadAttention multiplies with its children's weights itself: a wrapper there would never be
+    # called.
     closed = (
         *trained,
         *(name for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)),
@@ -105,6 +110,7 @@ def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
         if _is_layer(module) and name not in trained and not name.startswith(tuple(f"{n}." for n in closed))
     }
     chosen = _select(model, layers, config, strict)
+    _refuse_unfit(model, {name: layers[name] for name in chosen}, config)
     _check_patterns(config, chosen, strict)
     targets = []
     for name in chosen:
@@ -115,13 +121,14 @@ def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
         raise UsageError(
             f"nothing to adapt: no linear layer in this {type(model).__name__} matches the configuration"
         )
+    unreachable = _unreachable(model, trained)
     return Plan(
-        config, tuple(targets), tuple(trained), _unreachable(model), *_counts(model, config, targets, trained)
+        config, tuple(targets), tuple(trained), unreachable, *_counts(model, config, targets, trained)
     )
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by its name in the model without an adapter, whether it carries one or not; not the root."""
+    """Every module but the root by its name in the plain model, whether it carries an adapter or not."""
     modules: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -138,9 +145,9 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def matches(pattern: Names, name: str) -> bool:
-    """PEFT's rule: a string is a regular expression for all of `name`; a list holds names or endings at a dot."""
+    """PEFT's rule: a string is a regular expression for all of `name`; a list holds names or endings."""
     if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
+        return _expression(pattern).fullmatch(name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
 
 
@@ -149,6 +156,13 @@ def _as_names(pattern: Names) -> Names:
     if isinstance(pattern, str) and re.fullmatch(r"[\w.]+(,[\w.]+)*", pattern):
         return tuple(pattern.split(","))
     return pattern
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"'{pattern}' is no regular expression: {error}") from None
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -182,9 +196,9 @@ def _select(model: nn.Module, layers: Mapping[str, nn.Module], config: LoraConfi
         chosen = kept
     if config.layers is not None:
         numbers = {name: _block_number(name) for name in chosen}
-        missing = sorted(set(config.layers) - set(numbers.values()))  # type: ignore[type-var]
+        known = sorted({number for number in numbers.values() if number is not None})
+        missing = sorted(set(config.layers) - set(known))
         if missing and strict:
-            known = sorted(n for n in set(numbers.values()) if n is not None)
             span = f"{known[0]} to {known[-1]}" if known else "none"
             raise UsageError(
                 f"layers: no block {listing(map(str, missing))} to adapt; the model's blocks are {span}"
@@ -209,25 +223,26 @@ def _trained_modules(
 
 def _check_patterns(config: LoraConfig, chosen: list[str], strict: bool) -> None:
     for label, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        idle = [key for key in pattern if not any(_key_matches(key, name) for name in chosen)]
-        if idle and strict:
+        idle = [key for key in pattern if strict and not any(_key_matches(key, name) for name in chosen)]
+        if idle:
             raise UsageError(_no_match(label, idle, chosen))
 
 
 def _resolve(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """The value for `name`: of all keys that match, the most specific (longest) one wins, whatever their order."""
-    keys = [key for key in pattern if _key_matches(key, name)]
-    return pattern[max(keys, key=lambda key: (key == name, len(key)))] if keys else default
+    """The value for `name`: of all keys that match the most specific (longest) wins, in any order."""
+    keys = [name] if name in pattern else [key for key in pattern if _key_matches(key, name)]
+    return pattern[max(keys, key=len)] if keys else default
 
 
 def _key_matches(key: str, name: str) -> bool:
-    return key == name or re.match(rf"(.*\.)?({key})$", name) is not None
+    return key == name or _expression(rf"(.*\.)?({key})$").match(name) is not None
 
 
 def _no_match(what: str, patterns: Iterable[str], names: Iterable[str]) -> str:
     names = list(names)
     endings = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
-    wrong = listing(f"'{p}'{nearest(p, endings) or nearest(p, names)}" for p in patterns)
+    known = [*endings, *names, "all-linear"] if what == "target" else [*endings, *names]
+    wrong = listing(f"'{pattern}'{nearest(pattern, known)}" for pattern in patterns)
     return f"{what} {wrong} matches no layer of the model; its layers end in {listing(endings, 12)}"
 
 
@@ -240,17 +255,40 @@ def _head(model: nn.Module) -> nn.Module | None:
     """The output head, found by identity: models name it as they like."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
+    if isinstance(head, Wrapper):
+        head = head.base_layer
     return head if isinstance(head, nn.Module) else None
 
 
-def _unreachable(model: nn.Module) -> dict[str, int]:
-    """Matrices that belong to no layer LoRA can wrap, such as the 3-D weights of mixture-of-experts blocks."""
+def _refuse_unfit(model: nn.Module, chosen: Mapping[str, nn.Module], config: LoraConfig) -> None:
+    """Refuse what would work only in part: one layer under two names, a formula that does not fit."""
+    if config.variant != "lora":
+        embeddings = [name for name, layer in chosen.items() if isinstance(layer, nn.Embedding)]
+        if embeddings:
+            raise UsageError(
+                f"variant '{config.variant}' adapts linear layers, not the embedding {listing(embeddings)}"
+            )
+    first = {id(layer): name for name, layer in chosen.items()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        other = first.get(id(module), name)
+        if other != name and not name.endswith(".base_layer"):
+            raise UsageError(
+                f"{other} and {name} are one layer used twice, which a file cannot say: exclude it"
+            )
+
+
+def _unreachable(model: nn.Module, trained: Iterable[str]) -> dict[str, int]:
+    """Matrices in no layer that LoRA can wrap, such as the 3-D weights of mixture-of-experts blocks."""
     found = {}
-    for prefix, module in plain_modules(model).items():
-        if is_readable(module) or isinstance(module, nn.modules.conv._ConvNd):
+    inside = tuple(f"{name}." for name in trained)
+    closed: tuple[str, ...] = ()
+    for prefix, module in {"": model, **plain_modules(model)}.items():
+        if isinstance(module, nn.MultiheadAttention):
+            closed += (f"{prefix}.",)
+        if is_readable(module) and not prefix.startswith(closed or ("\0",)):
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter.ndim >= 2:
+            if parameter.ndim >= 2 and not name.startswith(inside or ("\0",)):
                 found[name] = parameter.numel()
     return found
 
@@ -261,11 +299,12 @@ def _counts(
     extra = 1 if config.variant == "dora" else 0
     trainable = sum(t.r * sum(t.shape) + extra * t.shape[0] for t in targets)
     trainable += sum(p.numel() for module in trained.values() for p in module.parameters())
-    return trainable, sum(p.numel() for p in model.parameters()) + trainable
+    plain = {p for m in (model, *plain_modules(model).values()) for p in m.parameters(recurse=False)}
+    return trainable, sum(p.numel() for p in plain) + trainable
 
 
 def collapse(names: Iterable[str]) -> list[tuple[str, int]]:
-    """`layers.0.q, layers.1.q, …` -> [("layers.{0..23}.q", 24)]: names that differ in numbers only, in one line."""
+    """`layers.0.q, layers.1.q` -> [("layers.{0..1}.q", 2)]: names that differ in numbers, in one line."""
     groups: dict[str, list[tuple[int, ...]]] = defaultdict(list)
     for name in names:
         parts = name.split(".")
@@ -289,23 +328,19 @@ def _span(numbers: list[int]) -> str:
     return "{" + ",".join(map(str, numbers)) + "}"
 
 
-# --- executing --------------------------------------------------------------------------------------------------------
+# --- executing ------------------------------------------------------------------------------------
 
 
 def add_lora(model: nn.Module, config: LoraConfig | None = None) -> Plan:
     """Freeze `model` and wrap the layers that `config` names; returns the plan it executed.
 
-    The base weights are held, not copied. A fresh adapter leaves the model's function as it was (but for the init
-    'gaussian_both'). Random numbers come from torch's global generator: seed it for a reproducible start.
+    The base weights are held, not copied. A fresh adapter leaves the model's function as it was (but for the
+    init 'gaussian_both'). Random numbers come from torch's global generator: seed it for a reproducible
+    start.
     """
-    config = config or LoraConfig()
     if attached(model) is not None:
         raise UsageError("this model already carries an adapter: unload_lora or merge_lora it first")
-    if config.variant not in VARIANTS:
-        raise UsageError(
-            f"unknown variant '{config.variant}'{nearest(config.variant, VARIANTS)}; known: {', '.join(VARIANTS)}"
-        )
-    plan = find_targets(model, config)
+    plan = find_targets(model, config or LoraConfig())
     execute(model, plan)
     return plan
 
@@ -314,20 +349,19 @@ def execute(model: nn.Module, plan: Plan) -> None:
     """Wrap the layers of `plan` and remember how to undo it."""
     config = plan.config
     wrappers: dict[str, Wrapper] = {}
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for target in plan.targets:
-        layer = model.get_submodule(target.name)
-        embedding = isinstance(layer, nn.Embedding)
-        if embedding and config.variant != "lora":
-            raise UsageError(
-                f"{target.name} is an embedding: the variant '{config.variant}' adapts linear layers only"
+    flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    try:
+        for target in plan.targets:
+            layer = model.get_submodule(target.name)
+            kind = LoraEmbedding if isinstance(layer, nn.Embedding) else VARIANTS[config.variant]
+            wrappers[target.name] = kind(
+                layer, target.r, target.alpha, config.dropout, init=config.init, rslora=config.rslora
             )
-        kind = LoraEmbedding if embedding else VARIANTS[config.variant]
-        wrappers[target.name] = kind(
-            layer, target.r, target.alpha, config.dropout, init=config.init, rslora=config.rslora
-        )
-    for name in plan.trained:
-        wrappers[name] = TrainedCopy(model.get_submodule(name))
+        for name in plan.trained:
+            wrappers[name] = TrainedCopy(model.get_submodule(name))
+    except BaseException:
+        _restore(model, flags)
+        raise
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, wrapper in wrappers.items():
@@ -364,7 +398,7 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Take the wrappers off: the model is what it was before `add_lora`, weights, names and `requires_grad` included."""
+    """Take the wrappers off: weights, names and every `requires_grad` are as before `add_lora`."""
     for name, layer in list(wrappers(model)):
         model.set_submodule(name, layer.base_layer)
     _forget(model)
@@ -372,17 +406,18 @@ def remove_lora(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Make W + ΔW the model's own weights, summed in fp32 and rounded once; the model is plain again. Returns it.
+    """Make W + ΔW the model's own weights, summed in fp32 and rounded once; the model is plain again. Returns
+    it.
 
     All or nothing: NumericError names every layer whose sum is not finite, and nothing has been changed then.
-    A tied weight (embedding and head in one) is untied first, so that the other end keeps what it had, and the
-    configuration says so.
+    A tied weight (embedding and head in one) is untied first, so that the other end keeps what it had, and
+    the configuration says so.
     """
     found = list(wrappers(model))
     if not found:
         raise UsageError("there is no adapter to merge into this model")
-    # Twice over the layers, so that a bad one is found before the first is written; the sum costs r multiplications
-    # per weight and is never held for more than one layer.
+    # Twice over the layers, so that a bad one is found before the first is written; the sum costs r
+    # multiplications per weight and is never held for more than one layer.
     bad = [name for name, layer in found if not _all_finite(layer)]
     if bad:
         raise NumericError(f"merging would write NaN or infinity into {listing(bad)}; nothing was changed")
@@ -420,12 +455,16 @@ def _forget(model: nn.Module) -> None:
     """Give every parameter its `requires_grad` from before `add_lora`."""
     found = attached(model)
     if found is not None:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(found.flags.get(name, True))
+        _restore(model, found.flags)
         del model._lorafit
 
 
-# --- counting ---------------------------------------------------------------------------------------------------------
+def _restore(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+
+
+# --- counting -------------------------------------------------------------------------------------
 
 
 def count_parameters(model: nn.Module) -> Counts:
@@ -437,9 +476,8 @@ def count_parameters(model: nn.Module) -> Counts:
 def print_trainable_parameters(model: nn.Module) -> None:
     """One line in PEFT's words: `trainable params: 16,896 || all params: 54,744 || trainable%: 30.8637`."""
     n = count_parameters(model)
-    print(
-        f"trainable params: {n.trainable:,} || all params: {n.total:,} || trainable%: {100 * n.trainable / n.total:.4f}"
-    )
+    share = 100 * n.trainable / n.total
+    print(f"trainable params: {n.trainable:,} || all params: {n.total:,} || trainable%: {share:.4f}")
 
 
 def print_model_parameters(model: nn.Module) -> None:

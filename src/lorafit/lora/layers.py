@@ -7,10 +7,10 @@
            \\         /
             y (…, out)
 
-Each formula is one class with two methods: `merged_weight`, what the layer *means* as one dense matrix, and `forward`,
-how to compute it cheaply. A test holds the two equal. The base layer is held, never copied, and never written to.
-The children are called `lora_A`, `lora_B` (and so on) because these names are PEFT's file format: saving renames nothing.
-A and B are kept in fp32 and cast to the dtype of x where they are used.
+Each formula is one class with two methods: `merged_weight`, what the layer *means* as one dense matrix, and
+`forward`, how to compute it cheaply. A test holds the two equal. The base layer is held, never copied, and
+never written to. The children are called `lora_A`, `lora_B` (and so on) because these names are PEFT's file
+format: saving renames nothing. A and B are kept in fp32 and cast to the dtype of x where they are used.
 """
 
 import copy
@@ -25,6 +25,8 @@ from lorafit.errors import UsageError, nearest
 from lorafit.lora.fused import LowRankLinear
 from lorafit.lora.inits import INITS, factor_dtype
 from lorafit.lora.weights import read_weight
+
+TINY = 1e-30  # a squared norm below this is a row of zeros
 
 
 class LoraLinear(nn.Module):
@@ -101,13 +103,16 @@ class LoraLinear(nn.Module):
         return self.scale * F.linear(F.linear(self.dropout(x), A.to(x.dtype)), B.to(x.dtype))
 
     def _plain(self, x: Tensor) -> bool:
-        """Whether the base is an ordinary frozen matrix, so that the hand-written backward is the same function.
+        """Whether the base is an ordinary frozen matrix, so that the hand-written backward is the same
+        function.
 
-        Hooks, subclasses (quantised layers), sharded weights and autocast go the plain way above.
+        Hooks, replaced forwards (accelerate's), subclasses (quantised layers), sharded weights and autocast
+        go the plain way above.
         """
         base = self.base_layer
         return (
             type(base) in (nn.Linear, Conv1D)
+            and "forward" not in vars(base)
             and type(base.weight) is nn.Parameter
             and not base.weight.requires_grad
             and not (base.bias is not None and base.bias.requires_grad)
@@ -126,7 +131,8 @@ class LoraLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         dropped = None if isinstance(self.dropout, nn.Identity) or not self.training else self.dropout(rows)
         bias = self.base_layer.bias
-        y: Tensor = LowRankLinear.apply(rows, dropped, read_weight(self.base_layer), bias, A, B, self.scale)
+        W = read_weight(self.base_layer)
+        y: Tensor = LowRankLinear.apply(rows, dropped, W, bias, A, B, self.scale)  # type: ignore[no-untyped-call]
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def extra_repr(self) -> str:
@@ -136,9 +142,11 @@ class LoraLinear(nn.Module):
 class DoraLinear(LoraLinear):
     """y = m ⊙ (W + s·B·A) x / ‖W + s·B·A‖ + b        m (out,), the norm taken over each row
 
-    Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353; the norm is a constant in the
-    backward pass (§4.3 there). m starts at ‖W‖, so that the quotient starts at exactly 1.
+    Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353; the norm is a constant
+    in the backward pass (§4.3 there). m starts at ‖W‖, so that the quotient starts at exactly 1.
     """
+
+    base_norm_squared: Tensor
 
     def start(self, W: Tensor, init: str) -> None:
         super().start(W, init)
@@ -151,17 +159,19 @@ class DoraLinear(LoraLinear):
 
     @torch.no_grad()
     def row_norm(self) -> Tensor:
-        """‖W + s·B·A‖ of each row, (out,), without forming the sum: ‖w‖² + 2s·w·(BA) + s²‖BA‖², all r wide."""
+        """‖W + s·B·A‖ per row, (out,), without the sum: ‖w‖² + 2s·w·(BA) + s²‖BA‖², all r wide."""
         A, B = self.factors
         W = read_weight(self.base_layer)
         cross = ((W @ A.to(W.dtype).T).to(B.dtype) * B).sum(dim=1)
         square = ((B @ (A @ A.T)) * B).sum(dim=1)
-        return (self.base_norm_squared + 2 * self.scale * cross + self.scale**2 * square).clamp_min(0).sqrt()
+        squared = self.base_norm_squared + 2 * self.scale * cross + self.scale**2 * square
+        return squared.clamp_min(TINY).sqrt()
 
     def merged_weight(self) -> Tensor:
         W = read_weight(self.base_layer)
         V = W.to(factor_dtype(W)) + self.delta()
-        return (V * (self.lora_magnitude_vector / V.norm(dim=1)).unsqueeze(1)).to(W.dtype)
+        norm = V.square().sum(dim=1).clamp_min(TINY).sqrt()
+        return (V * (self.lora_magnitude_vector / norm).unsqueeze(1)).to(W.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
@@ -177,17 +187,17 @@ class DoraLinear(LoraLinear):
 class LoraEmbedding(LoraLinear):
     """y = E[token] + s·B·A[:, token]        E (vocab, dim)   A (r, vocab)   B (dim, r)
 
-    The same ΔW = s·B·A on the transposed table. Here A is looked up, so A starts at 0 and B at N(0, 1), as in loralib.
+    The same ΔW = s·B·A on the transposed table. A is looked up here, so A starts at 0 and B at N(0, 1), as in
+    loralib.
     """
 
     def start(self, W: Tensor, init: str) -> None:
         dim, vocab = W.shape
-        options = {"dtype": factor_dtype(W), "device": W.device}
-        A = torch.zeros(self.r, vocab, **options)
+        A = torch.zeros(self.r, vocab, dtype=factor_dtype(W), device=W.device)
         if init == "gaussian_both":
             A.normal_(std=0.02)
         self.lora_embedding_A = nn.Parameter(A)
-        self.lora_embedding_B = nn.Parameter(torch.randn(dim, self.r, **options))
+        self.lora_embedding_B = nn.Parameter(torch.randn(dim, self.r, dtype=A.dtype, device=A.device))
 
     @staticmethod
     def tensor_shapes(out: int, in_: int, r: int) -> dict[str, tuple[int, ...]]:
@@ -210,7 +220,7 @@ class LoraEmbedding(LoraLinear):
 
 
 class TrainedCopy(nn.Module):
-    """A module trained in full beside LoRA: works on a copy, keeps the original, so that it can be switched off."""
+    """A module trained in full: works on a copy and keeps the original, so that it can be switched off."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Read and write the dense weight of any base layer, as a matrix of shape (out, in).
 
-This is the one seam for how a frozen weight is *stored*. A new storage format, say 8-bit, is one registration each:
+This is the one seam for how a frozen weight is *stored*. A new storage format, say 8-bit, is one registration
+each:
 
     @read_weight.register(MyInt8Linear)
     def _(layer): return layer.codes.float() * layer.scales
@@ -28,7 +29,8 @@ def read_weight(layer: nn.Module) -> Tensor:
 def write_weight(layer: nn.Module, weight: Tensor) -> None:
     """Make `weight` (out, in) the layer's weight, in the layer's own dtype.
 
-    The layer gets a new parameter: a weight that was shared with another layer (tied embeddings) stays as it was there.
+    The layer gets a new parameter: a weight that was shared with another layer (tied embeddings) stays as it
+    was there.
     """
     raise ModelError(
         f"lorafit cannot write the weight of a {type(layer).__name__}: register it with write_weight"
@@ -45,7 +47,7 @@ def _dense(layer: nn.Module) -> Tensor:
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point():
         raise ModelError(
-            f"the weight of this {type(layer).__name__} is stored as {weight.dtype}, which lorafit cannot read: "
+            f"the weight of this {type(layer).__name__} is {weight.dtype}, which lorafit cannot read: "
             "load the model in a floating-point type, or register its class with read_weight"
         )
     return weight

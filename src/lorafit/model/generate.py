@@ -1,7 +1,7 @@
 """Text from a model: `stream` yields it piece by piece, `generate` answers a batch.
 
 Both sit on one loop, `next_ids`. Three things are easy to get wrong and stand here in full: the KV cache (a
-token is fed once, not with its whole prefix); left padding (rows of a batch must *end* together, so the padding
+token is fed once, not with its whole prefix); left padding (rows of a batch must *end* together, so padding
 goes in front, is masked, and takes up no position); and final text: a token is not a character, so a piece is
 handed out only when no later token can change it.
 
@@ -132,7 +132,7 @@ def next_ids(
         }
         # no_grad, not inference_mode: a buffer that a rotary embedding renews here must serve training later.
         # Neither context may span the yield below: it would leak into the caller.
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             output = model(**{name: value for name, value in inputs.items() if name in accepts})
         cache = getattr(output, "past_key_values", None)
         logits = output.logits[:, -1].float().cpu()  # (rows, V)
@@ -185,10 +185,9 @@ def _end_of_turn(tokenizer: Any) -> int | None:
         return None
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "lorafit"}]
     rest = tokenizer.apply_chat_template(turns, tokenize=False).partition("lorafit")[2]
-    ends = {i for name, i in tokenizer.get_added_vocab().items() if name.strip()} | set(
-        tokenizer.all_special_ids
-    )
-    return next((i for i in tokenizer(rest, add_special_tokens=False)["input_ids"] if i in ends), None)
+    added = tokenizer.added_tokens_decoder  # some tokenizers add runs of spaces, which end nothing
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in added and added[i].content.strip()), None)
 
 
 class _Text:
@@ -202,6 +201,7 @@ class _Text:
 
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop_strings = tokenizer, stop_strings
+        self.silent = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.ids: list[int] = []
         self.before = self.done = (
             0  # ids[:done] are decoded; ids[before:done] give the next ones their context
@@ -211,6 +211,8 @@ class _Text:
 
     def push(self, token: int) -> str:
         """The text that has become final with this token."""
+        if token in self.silent:
+            return ""
         self.ids.append(token)
         # A run of byte tokens (sentencepiece's byte fallback) becomes text as a whole or not at all: wait.
         if re.fullmatch(r"<0x[0-9A-F]{2}>", self.tokenizer.convert_ids_to_tokens(token) or ""):
@@ -230,7 +232,7 @@ class _Text:
         return self._decode(self.ids[self.before :])[len(known) :]
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return text
 
     def _release(self, piece: str) -> str:
@@ -255,7 +257,7 @@ def _greedy(logits: Tensor) -> int:
 
 
 def _chooser(temperature: float, top_p: float, top_k: int, seed: int | None) -> Callable[[Tensor], int]:
-    """Logits (V,) -> id. Every row draws from its own generator, so its text does not depend on its neighbours."""
+    """Logits (V,) -> id. Every row has a generator of its own: its text does not depend on its neighbours."""
     if temperature < 0 or top_k < 0:
         raise UsageError(f"temperature and top_k must not be negative, not {temperature} and {top_k}")
     if not 0 < top_p <= 1:
@@ -285,8 +287,8 @@ def _rooms(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[int]:
     for prompt in prompts:
         if len(prompt) >= context:
             raise ModelError(
-                f"the prompt has {len(prompt)} tokens, but the model's context holds {context} with the answer: "
-                "shorten the conversation"
+                f"the prompt has {len(prompt)} tokens, but the model's context holds {context}, the answer "
+                "included: shorten the conversation"
             )
     return [context - len(prompt) for prompt in prompts]
 
@@ -298,7 +300,7 @@ def _not_empty(ids: list[int]) -> list[int]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off; afterwards every module is back in the mode it was in, one by one."""
     training = [module for module in model.modules() if module.training]
     for module in training:

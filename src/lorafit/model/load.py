@@ -1,11 +1,10 @@
 """The base model and its tokenizer: from the hub, a folder, or a GGUF file.
 
-What can be known before anything is read (a mistyped path, an adapter given as a model) is refused first; whatever
-transformers refuses after that arrives as one line. A model with a weight missing is refused too: transformers would
-fill it with random numbers and go on.
+What can be known before anything is read (a mistyped path, an adapter given as a model) is refused first;
+whatever transformers refuses after that arrives as one line. A model with a weight missing is refused too:
+transformers would fill it with random numbers and go on.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,17 +12,15 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import errors as hub_errors
-from huggingface_hub import utils as hub
-from safetensors import SafetensorError
+from huggingface_hub import errors as hub
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from lorafit.adapter.peft_format import load_lora
-from lorafit.errors import LorafitError, ModelError, UsageError, listing, nearest
+from lorafit.errors import ModelError, UsageError, listing, nearest
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+DTYPES = {str(t).partition(".")[2]: t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 
 
 def load_model(
@@ -51,7 +48,7 @@ def load_model(
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{name}: {len(missing)} weights are missing from its files: {listing(missing)}")
     if adapter is not None:
-        load_lora(model, adapter)
+        load_lora(model, adapter, trainable=False)
     return model.eval(), tokenizer
 
 
@@ -93,7 +90,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where `device` computes it natively, else float32: emulated bfloat16 is the slowest."""
+    """`auto` is bfloat16 where `device` computes it natively, else float32: emulated, it is slower."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -106,17 +103,9 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 def _native_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_features())
-
-
-def _cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """What the processor says it can do; nothing where the system does not say, which means float32."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        return set()
-    return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def _source(name: str | Path, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
@@ -128,7 +117,7 @@ def _source(name: str | Path, revision: str | None, trust_remote_code: bool) -> 
         raise UsageError("no model given: name a model on the hub, a folder, or a .gguf file")
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"{name} is a file: a model is a folder with config.json, a .gguf file, or a hub name")
+            raise ModelError(f"{name} is a file, but no .gguf: give a folder with config.json, or a hub name")
         if not hasattr(transformers, "GgufConfig"):
             raise ModelError(
                 f"{name}: GGUF files need transformers 5.23 or newer, not {transformers.__version__}: "
@@ -138,13 +127,9 @@ def _source(name: str | Path, revision: str | None, trust_remote_code: bool) -> 
     if path.is_dir():
         _check_folder(path)
         return str(path), options
-    if isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or path.suffix == ".gguf":
+    if isinstance(name, Path) or text[0] in "./~" or text.count("/") > 1 or path.suffix == ".gguf":
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ModelError(f"no such file or folder: {name}{nearest(path.name, siblings)}")
-    try:
-        hub.validate_repo_id(text)
-    except hub_errors.HFValidationError as error:
-        raise ModelError(f"'{name}' is neither a folder here nor a name that the hub could have") from error
     return text, options
 
 
@@ -152,7 +137,9 @@ def _check_folder(path: Path) -> None:
     if (path / "config.json").is_file():
         return
     if (path / "adapter_config.json").is_file():
-        raise ModelError(f"{path} holds an adapter, not a model: give its base as the model and this as the adapter")
+        raise ModelError(
+            f"{path} is an adapter, not a model: give its base as the model, this as the adapter"
+        )
     if packed := sorted(path.glob("*.gguf")):
         raise ModelError(f"{path} has no config.json: for a GGUF model name the file, {packed[0]}")
     raise ModelError(f"{path} has no config.json, so it is not a model folder")
@@ -164,22 +151,24 @@ def _explained(name: str | Path, what: str) -> Iterator[None]:
     try:
         with _quiet():
             yield
-    except LorafitError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"{name}: {_reason(name, what, error)}") from error
+    except Exception as error:
+        raise ModelError(f"{name}: {_reason(what, error)}") from error
 
 
-def _reason(name: str | Path, what: str, error: Exception) -> str:
-    causes = (error, error.__cause__, error.__context__)
-    if any(isinstance(e, hub_errors.GatedRepoError) for e in causes):
-        return f"gated: accept its terms on https://huggingface.co/{name}, then `hf auth login`"
-    if any(isinstance(e, hub_errors.RepositoryNotFoundError) for e in causes):
-        return "no such folder here, and no such model on the hub (a private one needs `hf auth login`)"
-    if any(isinstance(e, hub_errors.RevisionNotFoundError) for e in causes):
-        return "the hub has this model, but not this revision"
-    if any(isinstance(e, hub_errors.LocalEntryNotFoundError) for e in causes):
-        return "no such folder here, not in the hub's cache, and the hub cannot be reached"
+# In this order: a gated repository is also one not found.
+REASONS = {
+    hub.HFValidationError: "neither a folder here nor a name that the hub could have",
+    hub.GatedRepoError: "gated: accept its terms on huggingface.co, then `hf auth login`",
+    hub.RepositoryNotFoundError: "no such folder here or model on the hub (private: `hf auth login` first)",
+    hub.RevisionNotFoundError: "the hub has this model, but not this revision",
+    hub.LocalEntryNotFoundError: "no such folder here, not in the hub's cache, and the hub cannot be reached",
+}
+
+
+def _reason(what: str, error: Exception) -> str:
+    for kind, sentence in REASONS.items():
+        if any(isinstance(e, kind) for e in (error, error.__cause__, error.__context__)):
+            return sentence
     if "custom code" in str(error):
         return "it brings Python code of its own: read that, then load it with trust_remote_code"
     return f"its {what} cannot be loaded: {_one_line(error)}"
@@ -193,18 +182,11 @@ def _one_line(error: BaseException, limit: int = 240) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No log lines and no bar per tensor from transformers; the hub's download bars stay."""
-    verbosity, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), _hub_bars()
+    verbosity = logging.get_verbosity()
+    hook = logging.set_tqdm_hook(lambda factory, args, keywords: logging.EmptyTqdm(*args))
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if hub_bars:
-        hub.enable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _hub_bars() -> bool:
-    return not hub.are_progress_bars_disabled() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
+        logging.set_tqdm_hook(hook)

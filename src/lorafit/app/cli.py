@@ -1,0 +1,322 @@
+"""The command line: `lorafit VERB --name value …`.
+
+A verb is a function that takes dataclasses: their fields are its flags, its docstring is its help. Added to
+`VERBS`, it exists. Everything heavy is imported inside the verb, so that `--help` answers at once.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.app import options
+from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict, knob
+from lorafit.errors import LorafitError, ModelError, UsageError, nearest
+
+# --- options that only a verb has --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutConfig:
+    """Where the result goes"""
+
+    out: str = knob("", "folder to write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerConfig:
+    """How answers are made"""
+
+    max_new_tokens: int = knob(512, "longest answer in tokens")
+    temperature: float = knob(0.0, "0: always the likeliest token; higher: more varied")
+    top_p: float = knob(1.0, "draw from the likeliest tokens that together hold this probability")
+    top_k: int = knob(0, "draw from this many likeliest tokens; 0: from all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TalkConfig:
+    """The conversation"""
+
+    system: str | None = knob(None, "system message at its beginning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedConfig:
+    """What is left to chance"""
+
+    seed: int = knob(0, "which rows are held out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """What is shown"""
+
+    rows: int = knob(3, "rows of the data to render")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The built-in demonstration"""
+
+    quick: bool = knob(False, "a few rows and steps only: shows in under a minute that everything runs")
+    seed: int = knob(0, "rows, their order, and the start of the adapter")
+    out: str = knob("lorafit-demo", "folder to write")
+
+
+# --- the verbs ---------------------------------------------------------------------------------------
+
+
+def demo(config: DemoConfig) -> None:
+    """Teach a small chat model a skill on this machine, and measure what it learned."""
+    from lorafit.app.demo import main
+
+    main(quick=config.quick, seed=config.seed, out=Path(config.out))
+
+
+def train(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, out: OutConfig) -> None:
+    """Fine-tune a model on a data file; save the adapter, the settings, the log and the loss curve."""
+    need("train", model=model.model, data=data.data, out=out.out)
+    if model.adapter and lora != LoraConfig():
+        raise UsageError("an adapter brings its own settings: with --adapter leave the LoRA flags out")
+    from lorafit.adapter.peft_format import load_lora, save_lora
+    from lorafit.app import rows, runs
+    from lorafit.lora.inject import add_lora
+    from lorafit.model.load import load_model, load_tokenizer
+    from lorafit.training import loop
+
+    console = make_console()
+    folder = runs.start(Path(out.out), as_dict(model, lora, data, training, out))
+    examples, held_out = rows.read_rows(data, load_tokenizer(**source(model)), training.seed)
+    net, _ = load_model(**base(model))
+    plan = load_lora(net, model.adapter) if model.adapter else add_lora(net, lora)
+    console.print(f"{plan}\n{rows.summary(examples, held_out)}")
+    batches = rows.make_batches(examples, data, seed=training.seed)
+    evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
+    with runs.progress(console, loop.count_steps(training, batches), folder / runs.LOG) as on_step:
+        result = loop.train(net, batches, training, evaluation=evaluation, on_step=on_step, on_note=console.print)
+    adapter = save_lora(net, folder / runs.ADAPTER, base_model=model.model)
+    runs.draw_losses(result.history, folder / runs.PICTURE, title=f"{model.model} on {data.data}")
+    console.print(runs.epochs_table(result.epoch_losses, result.evaluations, batches.steps_per_epoch))
+    console.print(f"adapter {adapter}, log {folder / runs.LOG}, picture {folder / runs.PICTURE}")
+    console.print(f"talk to it: lorafit chat --model {model.model} --adapter {adapter}")
+
+
+def evaluate(model: ModelConfig, data: DataConfig, seed: SeedConfig) -> None:
+    """Measure the loss on the held-out rows, or on all there are, with and without the adapter."""
+    need("eval", model=model.model, data=data.eval_data or data.data)
+    from math import exp
+
+    from rich.table import Table
+
+    from lorafit.app import rows
+    from lorafit.lora.inject import lora_disabled
+    from lorafit.model.load import load_model, load_tokenizer
+    from lorafit.training import loop
+
+    examples, held_out = rows.read_rows(data, load_tokenizer(**source(model)), seed.seed)
+    batches = rows.make_batches(held_out or examples, data, shuffle=False)
+    net, _ = load_model(**base(model), adapter=model.adapter)
+    with lora_disabled(net):
+        losses = {"base model": loop.evaluate(net, batches)}
+    if model.adapter:
+        losses["with adapter"] = loop.evaluate(net, batches)
+    table = Table(f"{len(batches.examples):,} rows", "loss per supervised token", "perplexity")
+    for name, loss in losses.items():
+        table.add_row(name, f"{loss:.4f}", f"{exp(loss):.3f}")
+    make_console().print(table)
+
+
+def chat(model: ModelConfig, talk: TalkConfig, answers: AnswerConfig) -> None:
+    """Talk to a model in the terminal, or to the lines of a pipe; /base and /adapter switch in place."""
+    need("chat", model=model.model)
+    from lorafit.lora.inject import lora_disabled
+    from lorafit.model.generate import stream
+    from lorafit.model.load import load_model
+
+    net, tokenizer = load_model(**base(model), adapter=model.adapter)
+    opening = [{"role": "system", "content": talk.system}] if talk.system else []
+    messages, adapted = list(opening), model.adapter is not None
+    commands = ["/base", "/adapter", "/reset", "/quit"]
+    say(f"{model.model}{f' with {model.adapter}' if adapted else ''}   {'  '.join(commands)}\n")
+    for line in typed():
+        if line == "/quit":
+            return
+        if line == "/reset":
+            messages = list(opening)
+            say("a new conversation\n")
+        elif line == "/adapter" and model.adapter is None:
+            say("there is no adapter: start with --adapter\n")
+        elif line in ("/base", "/adapter"):
+            adapted = line == "/adapter"
+            say(f"now with{'' if adapted else 'out'} the adapter\n")
+        elif line.startswith("/"):
+            say(f"unknown command {line}{nearest(line, commands)}\n")
+        else:
+            messages.append({"role": "user", "content": line})
+            pieces: list[str] = []
+            with nullcontext() if adapted else lora_disabled(net):
+                try:
+                    for piece in stream(net, tokenizer, messages, **asdict(answers)):
+                        pieces.append(piece)
+                        say(piece)
+                except KeyboardInterrupt:
+                    say(" …")  # the answer is cut short, the conversation goes on
+                except ModelError as error:  # it has grown longer than the model reads
+                    say(f"{error} with /reset")
+            say("\n")
+            messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def merge(model: ModelConfig, out: OutConfig) -> None:
+    """Add the adapter to the weights and save a plain model folder that needs no lorafit."""
+    need("merge", model=model.model, adapter=model.adapter, out=out.out)
+    from lorafit.files import new_folder
+    from lorafit.lora.inject import merge_lora
+    from lorafit.model.compare import compare, probe
+    from lorafit.model.load import load_model
+
+    with new_folder(out.out, replaces=()) as folder:
+        net: Any
+        net, tokenizer = load_model(**base(model), adapter=model.adapter)
+        before = probe(net, tokenizer)
+        merge_lora(net)
+        difference = compare(before, probe(net, tokenizer, like=before))
+        net.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    console = make_console()
+    console.print(f"adapter and merged model on {len(before.rows)} prompts: {difference}")
+    console.print(f"merged model {out.out}, in {net.dtype} (--dtype for another precision)")
+
+
+def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedConfig, show: ShowConfig) -> None:
+    """Show what would be trained, and on which tokens, before any compute is spent."""
+    need("inspect", model=model.model)
+    from lorafit.adapter.peft_format import load_lora
+    from lorafit.app import rows
+    from lorafit.lora.inject import add_lora
+    from lorafit.model.load import load_skeleton, load_tokenizer
+
+    console = make_console()
+    skeleton = load_skeleton(**base(model))
+    plan = load_lora(skeleton, model.adapter) if model.adapter else add_lora(skeleton, lora)
+    console.print(f"{plan}\n{memory(skeleton)}")
+    if data.data:
+        tokenizer = load_tokenizer(**source(model))
+        examples, held_out = rows.read_rows(data, tokenizer, seed.seed)
+        console.print(rows.summary(examples, held_out))
+        for example in examples[: show.rows]:
+            console.print(f"\n{example.source}")
+            console.print(rows.rendered(example, tokenizer, colour=console.is_terminal))
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "train": train,
+    "eval": evaluate,
+    "chat": chat,
+    "merge": merge,
+    "inspect": inspect,
+}
+
+# --- what they share ---------------------------------------------------------------------------------
+
+
+def need(verb: str, **values: str | None) -> None:
+    """Refuse a command line that lacks one of `values`."""
+    for name, value in values.items():
+        if not value:
+            raise UsageError(f"{verb} needs --{name} (lorafit {verb} --help)")
+
+
+def source(model: ModelConfig) -> dict[str, Any]:
+    """Where the base model comes from, as keywords of lorafit.model.load."""
+    return {"name": model.model, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
+
+
+def base(model: ModelConfig) -> dict[str, Any]:
+    """The same with its precision and device."""
+    return {**source(model), "dtype": model.dtype, "device": model.device}
+
+
+def memory(model: Any) -> str:
+    """What training holds: the frozen base; in fp32 weight, gradient and AdamW's two moments of the rest."""
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad) / 2**20
+    trained = sum(4 * 4 * p.numel() for p in model.parameters() if p.requires_grad) / 2**20
+    return f"memory: {frozen:,.0f} MiB frozen, {trained:,.0f} MiB adapter with optimizer; plus activations"
+
+
+def make_console() -> Any:
+    """Plain text comes out as it is: nothing wrapped, nothing in brackets taken for markup."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def typed() -> Iterator[str]:
+    """What is typed or piped in, line by line, blank lines left out."""
+    by_hand = sys.stdin.isatty()
+    if by_hand:
+        import readline  # noqa: F401  (gives input() arrow keys and a history)
+    while True:
+        try:
+            line = input("> " if by_hand else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line:
+            yield line
+
+
+# --- the entry ---------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        run([argument for argument in arguments if argument != "--debug"])
+    except KeyboardInterrupt:
+        print("lorafit: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "--debug" in arguments:
+            import traceback
+
+            traceback.print_exc()
+        refused = isinstance(error, LorafitError)
+        what = str(error) if refused else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+        print(f"lorafit: {' '.join(what.split())}", file=sys.stderr)
+        return error.exit_code if isinstance(error, LorafitError) else 1
+    return 0
+
+
+def run(arguments: list[str]) -> None:
+    """Find the verb, read its options, do it."""
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+    elif name == "--version":
+        from importlib.metadata import version
+
+        print(f"lorafit {version('lorafit')}")
+    elif name in VERBS:
+        known = {key for verb in VERBS.values() for key in options.names(verb)}
+        VERBS[name](**options.read(name, VERBS[name], rest, known))
+    else:
+        raise UsageError(f"unknown verb '{name}'{nearest(name, VERBS)}: there are {', '.join(VERBS)}")
+
+
+def usage() -> str:
+    """What `lorafit --help` prints."""
+    verbs = "\n".join(f"  {name:9}{verb.__doc__}" for name, verb in VERBS.items())
+    return f"""usage: lorafit VERB --name value …
+
+{verbs}
+
+lorafit VERB --help lists its options. They can also stand in a TOML or YAML file, given with --config.
+With --debug an error shows where it came from."""

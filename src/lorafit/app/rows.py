@@ -1,0 +1,72 @@
+"""The rows that the settings name: read, split into training and held-out, batched, shown."""
+
+import random
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.text import Text
+
+from lorafit.config import DataConfig
+from lorafit.data.batches import Batches
+from lorafit.data.chat import IGNORE, Example
+from lorafit.data.read import read_examples
+from lorafit.errors import UsageError
+
+
+def read_rows(data: DataConfig, tokenizer: Any, seed: int) -> tuple[list[Example], list[Example]]:
+    """The rows to train on and those held out: `eval_data`, or `eval_rows` of the data drawn by `seed`."""
+    rows = _read(data.data, data, tokenizer) if data.data else []
+    if data.eval_data:
+        return rows, _read(data.eval_data, data, tokenizer)
+    if data.eval_rows and data.eval_rows >= len(rows):
+        raise UsageError(f"eval_rows must leave rows to train on: it is {data.eval_rows} of {len(rows)}")
+    drawn = set(random.Random(seed).sample(range(len(rows)), data.eval_rows))
+    return [r for i, r in enumerate(rows) if i not in drawn], [r for i, r in enumerate(rows) if i in drawn]
+
+
+def make_batches(rows: Sequence[Example], data: DataConfig, *, seed: int = 0, shuffle: bool = True) -> Batches:
+    """`Batches` of the size that the settings name."""
+    return Batches(
+        rows,
+        batch_size=data.batch_size,
+        accumulate=data.accumulate,
+        seed=seed,
+        packing=data.packing,
+        max_tokens_per_pack=data.max_tokens_per_pack,
+        shuffle=shuffle,
+    )
+
+
+def summary(rows: Sequence[Example], held_out: Sequence[Example]) -> str:
+    """How many rows and tokens there are, and how many of them carry loss."""
+    lengths = sorted(len(row.ids) for row in rows)
+    carry = sum(label != IGNORE for row in rows for label in row.labels)
+    return (
+        f"{len(rows):,} rows to train on, {len(held_out):,} held out; {sum(lengths):,} tokens, {carry:,} of "
+        f"them carry loss; rows of {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}"
+    )
+
+
+def rendered(row: Example, tokenizer: Any, colour: bool) -> Text:
+    """The text of `row`; what carries loss is green, or between ⟦ and ⟧ where there is no colour."""
+    text, end, shown = Text(), 0, ""
+    for carries, group in groupby(row.labels, key=lambda label: label != IGNORE):
+        end += len(list(group))
+        so_far = tokenizer.decode(row.ids[:end])
+        piece, shown = so_far[len(shown) :], so_far
+        if carries and not colour:
+            piece = f"⟦{piece}⟧"
+        text.append(piece, style="bold green" if carries else "dim")
+    return text
+
+
+def _read(source: str, data: DataConfig, tokenizer: Any) -> list[Example]:
+    return read_examples(
+        source,
+        tokenizer,
+        max_length=data.max_length,
+        loss_on=data.loss_on,
+        chat_template=data.chat_template,
+        allow_dropped=data.allow_dropped,
+    )

@@ -1,0 +1,119 @@
+"""A training run as a person sees it: progress on the terminal, and what it leaves in its folder.
+
+out/adapter/      the adapter, in PEFT's format
+out/config.yaml   every setting, as resolved; `--config` reads it again
+out/log.jsonl     one JSON object per optimizer step
+out/loss.png      the picture of it
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lorafit.errors import DiskError
+from lorafit.files import append_line, write_text
+
+Record = Mapping[str, Any]
+ADAPTER, CONFIG, LOG, PICTURE = "adapter", "config.yaml", "log.jsonl", "loss.png"
+EVERY = 5.0  # seconds between two lines where there is no terminal to draw a bar on
+
+
+def start(folder: Path, settings: Mapping[str, Any]) -> Path:
+    """Make the folder of a new run and write its settings there. A folder with a finished run is refused."""
+    import yaml
+
+    if (folder / ADAPTER).exists():
+        raise DiskError(f"{folder} already holds a trained adapter: choose another --out, or remove the folder")
+    lines = yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False, allow_unicode=True)
+    write_text(folder / CONFIG, lines)
+    (folder / LOG).unlink(missing_ok=True)  # of a run that was cut off
+    return folder
+
+
+@contextmanager
+def progress(console: Console, steps: int, log: Path) -> Iterator[Callable[[Record], None]]:
+    """Yields the `on_step` that logs each record and shows it: as a bar, or in a line now and then."""
+    if console.is_terminal:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("starting", total=steps)
+
+            def draw(record: Record) -> None:
+                append_line(log, record)
+                bar.update(task, advance=1, description=sentence(record))
+                if "eval_loss" in record:
+                    bar.print(f"step {record['step'] + 1}: held-out loss {record['eval_loss']:.4f}")
+
+            yield draw
+        return
+    last = -EVERY
+
+    def tell(record: Record) -> None:
+        nonlocal last
+        append_line(log, record)
+        number, now = record["step"] + 1, time.monotonic()
+        if now - last >= EVERY or number == steps or "eval_loss" in record:
+            last = now
+            console.print(
+                f"step {number}/{steps}  {sentence(record)}",
+            )
+
+    yield tell
+
+
+def sentence(record: Record) -> str:
+    """A step's record for a person."""
+    parts = [
+        f"loss {record['loss']:.4f}",
+        f"grad {record['grad_norm']:.3g}",
+        f"lr {record['lr']:.2e}",
+        f"{record['tokens_per_second']:.0f} tok/s",
+        f"{record['memory_mb']:.0f} MB",
+    ]
+    if "eval_loss" in record:
+        parts.append(f"held-out {record['eval_loss']:.4f}")
+    return "  ".join(parts)
+
+
+def epochs_table(losses: Sequence[float], evaluations: Mapping[int, float], steps_per_epoch: int) -> Table:
+    """Per epoch the mean training loss and the last held-out loss, beside the mean since the start."""
+    table = Table("epoch", "training loss", "mean since the start", "held-out loss")
+    for epoch, loss in enumerate(losses):
+        held_out = [evaluations[step] for step in sorted(evaluations) if step // steps_per_epoch == epoch]
+        mean = sum(losses[: epoch + 1]) / (epoch + 1)
+        table.add_row(str(epoch + 1), f"{loss:.4f}", f"{mean:.4f}", f"{held_out[-1]:.4f}" if held_out else "–")
+    return table
+
+
+def draw_losses(history: Sequence[Record], path: Path, title: str = "") -> None:
+    """The loss of each step (light), its running mean, and the held-out loss."""
+    from matplotlib.figure import Figure
+
+    steps = [record["step"] + 1 for record in history]
+    losses = [record["loss"] for record in history]
+    span = max(1, min(50, len(losses) // 10))
+    mean = [sum(losses[max(0, i - span + 1) : i + 1]) / min(i + 1, span) for i in range(len(losses))]
+    held_out = {record["step"] + 1: record["eval_loss"] for record in history if "eval_loss" in record}
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
+    axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"training, mean of {span} steps")
+    if held_out:
+        axes.plot(*zip(*held_out.items(), strict=True), "o-", color="tab:orange", label="held-out")
+    axes.set(xlabel="optimizer step", ylabel="loss per supervised token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,1 @@
+"""The page: the loop, and what it calls."""

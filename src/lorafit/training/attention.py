@@ -1,0 +1,168 @@
+"""Attention over packed rows, without a mask matrix.
+
+Rows are laid end to end as one long sequence of shape (1, T), with positions that restart. Here the sequence is cut at
+the row boundaries again and each row attends to itself alone, causally: nothing is computed for padding or for pairs
+in different rows, and no row can see another.
+
+transformers asks a registered function for the attention of most models; `row_attention` sets ours for the duration
+of a block and gives the user's back. What a model wants from attention beyond the keywords named below, we do not
+guess: `packs_exactly` runs a few rows packed and alone and compares. Where the two differ, the caller pads instead.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from lorafit.data.batches import Batch, collate
+from lorafit.data.chat import Example
+
+NAME = "lorafit_rows"
+# Keywords that models hand through to the attention function and that do not change what it computes here: there is
+# no cache, rows are causal, and positions are already in q and k.
+NEUTRAL = {
+    "cache_position", "is_causal", "layer_idx", "output_attentions", "output_hidden_states", "position_embeddings",
+    "position_ids", "return_dict", "use_cache", "logits_to_keep", "output_router_logits", "num_items_in_batch",
+}  # fmt: skip
+# Above this length one fused kernel beats three matrix products, and the (L, L) scores would be too large to keep.
+LONG_ROW = 1024
+
+# Lengths of the rows in the pass under way. A plain global: a backward pass that recomputes (gradient checkpointing)
+# may run in another thread, and has to see the same rows.
+_lengths: tuple[int, ...] | None = None
+
+
+class CannotPack(Exception):
+    """The model asks for something `attend` does not implement."""
+
+
+@contextmanager
+def row_attention(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Inside the block, forward and backward of a packed `batch` keep its rows apart. Does nothing for a padded one."""
+    global _lengths
+    if not batch.packed:
+        yield
+        return
+    before = model.config._attn_implementation  # type: ignore[union-attr]
+    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    _lengths = batch.lengths
+    try:
+        yield
+    finally:
+        _lengths = None
+        model.set_attn_implementation(before)  # type: ignore[operator]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **unknown: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls: query (1, heads, T, d), key and value (1, key heads, T, d) -> (1, T, heads, d).
+
+    `sliding_window` w lets a position see itself and the w − 1 before it; `softcap` c bends scores to c·tanh(score/c).
+    """
+    asked = [name for name, value in unknown.items() if value is not None and name not in NEUTRAL]
+    if asked or attention_mask is not None or _lengths is None or query.shape[0] != 1:
+        raise CannotPack(f"attention with {', '.join(asked) or 'a mask of its own'}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows = [
+        _row(q[0], k[0], v[0], scale, dropout if module.training else 0.0, sliding_window, softcap)
+        for q, k, v in zip(*(torch.split(x, list(_lengths), dim=2) for x in (query, key, value)), strict=True)
+    ]
+    return torch.cat(rows, dim=1).transpose(0, 1).unsqueeze(0), None
+
+
+def _row(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention of one row: q (heads, L, d), k and v (key heads, L, d) -> (heads, L, d)."""
+    heads, length, _ = q.shape
+    band = _band(length, window, q.device) if window is not None and window < length else None
+    if length > LONG_ROW and softcap is None:
+        grouped = {"enable_gqa": True} if heads != k.shape[0] else {}
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scale, **grouped
+        )
+    # Query heads that share a key head are rows of one product, so that keys and values are never repeated.
+    groups = heads // k.shape[0]
+    q = q.reshape(k.shape[0], groups * length, -1)
+    scores = (q @ k.transpose(1, 2)).mul_(scale).view(heads, length, length)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    hidden = ~(band if band is not None else _band(length, None, q.device))
+    scores = scores.masked_fill(hidden, float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    weights = F.dropout(weights, dropout)
+    return (weights.view(k.shape[0], groups * length, length) @ v).view(heads, length, -1)
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor:
+    """(L, L), True where position i may see position j: j ≤ i, and i − j < window."""
+    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return visible if window is None else visible.triu(1 - window)
+
+
+@torch.no_grad()
+def packs_exactly(model: nn.Module) -> bool:
+    """Whether rows laid end to end give this model the same logits as each row alone.
+
+    Tried, not looked up: three short rows, the longest long enough to leave any sliding window that is affordable.
+    Models that mix positions outside attention (state-space layers, convolutions), that build attention themselves
+    (Bloom) or that take their positions from a mask show it here.
+    """
+    can_set = getattr(model, "_can_set_attn_implementation", None)
+    if can_set is None or not can_set():
+        return False
+    rows = _probe_rows(model)
+    device = next(model.parameters()).device
+    mode = model.training
+    model.eval()
+    try:
+        packed = collate(rows, packed=True).to(device)
+        with row_attention(model, packed):
+            together = torch.split(_logits(model, packed), list(packed.lengths), dim=1)
+        alone = [_logits(model, collate([row], packed=False).to(device)) for row in rows]
+    except (CannotPack, TypeError, ValueError, RuntimeError):
+        return False
+    finally:
+        model.train(mode)
+    return all(_close(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal to rounding. A leak between rows moves logits by a good part of their own size."""
+    tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    output = model(**batch.inputs(), use_cache=False)
+    return output.logits  # type: ignore[no-any-return]
+
+
+def _probe_rows(model: nn.Module) -> list[Example]:
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    limit = min(getattr(config, "max_position_embeddings", None) or 512, 512)
+    window = getattr(config, "sliding_window", None) or 0
+    longest = min(window + 3, limit) if 0 < window <= 256 else min(11, limit)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (5, longest, 7):
+        ids = torch.randint(config.vocab_size, (length,), generator=generator).tolist()
+        rows.append(Example(ids=ids, labels=ids, source="probe"))
+    return rows
+
+
+AttentionInterface.register(NAME, attend)

@@ -1,0 +1,174 @@
+"""The loss: head and cross-entropy at supervised positions only, summed.
+
+A head over 150,000 words is a third of a small model's work, and its logits are the largest tensor of a step. Most
+positions carry no loss, so only those that do go through it; and since the head is frozen, the gradient of its input
+can be made at once, chunk by chunk, while the logits are at hand. They are never kept for the backward pass.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lorafit.data.batches import Batch
+
+# fp32 logits of one chunk of rows; large enough that the head's weight is read once or twice per pass.
+CHUNK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model does after its last hidden state: logits = cap·tanh(scale·(W h + b) / cap), or without the cap."""
+
+    decoder: nn.Module
+    output: nn.Module
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self.output(hidden) * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def summed_loss(model: nn.Module, batch: Batch, head: Head | None) -> Tensor:
+    """Σ −log p(target) over the supervised tokens of `batch`, in fp32 (float64 for a float64 model).
+
+    With a `head` (see `find_head`) the decoder runs alone and only supervised rows meet the head; without one the
+    model itself makes the logits of those rows.
+    """
+    if head is None:
+        logits = _selected_logits(model, batch)
+    else:
+        states = head.decoder(**batch.inputs(), use_cache=False).last_hidden_state
+        hidden = states.flatten(0, 1)[batch.predict]  # (n, h)
+        if _is_frozen_matrix(head.output):
+            return linear_cross_entropy(hidden, head, batch.targets)
+        logits = head.logits(hidden)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.targets, reduction="sum")
+
+
+def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """`LinearCrossEntropy` of hidden states (n, h) under a frozen `head`."""
+    weight, bias = head.output.weight, head.output.bias
+    loss: Tensor = LinearCrossEntropy.apply(hidden, weight, bias, targets, head.scale, head.cap)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Σ cross-entropy of z = cap·tanh(scale·(hidden Wᵀ + b) / cap) against targets; hidden (n, h), frozen W (V, h).
+
+    ∂L/∂z = softmax(z) − onehot, and the chain back to `hidden` is linear: one more product with W, done in the forward
+    pass while z is in memory. In all that is two matrix products per chunk, and nothing of size V is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        cap: float | None,
+    ) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            z = F.linear(hidden[part], weight, bias).to(wide)
+            if scale != 1.0:
+                z.mul_(scale)
+            if cap is not None:
+                bend = z.div_(cap).tanh_()
+                z = bend * cap
+            log_sum = z.logsumexp(dim=1, keepdim=True)
+            chosen = targets[part, None]
+            total += (log_sum - z.gather(1, chosen)).sum()
+            if gradient is None:
+                continue
+            p = z.sub_(log_sum).exp_()
+            p.scatter_add_(1, chosen, p.new_full(chosen.shape, -1.0))
+            if cap is not None:
+                p.mul_(1 - bend.square())
+            gradient[part] = (p.mul_(scale) if scale != 1.0 else p).to(hidden.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None, None, None, None
+
+
+@torch.no_grad()
+def find_head(model: nn.Module) -> Head | None:
+    """How `model` turns hidden states into logits, if it is a linear head with a scale and a cap; else None.
+
+    Found by trying: the decoder's output through the candidate has to be the model's own logits.
+    """
+    get_output, get_decoder = (
+        getattr(model, "get_output_embeddings", None),
+        getattr(model, "get_decoder", None),
+    )
+    if not callable(get_output) or not callable(get_decoder):
+        return None
+    output, decoder = get_output(), get_decoder()
+    if not isinstance(output, nn.Module) or not isinstance(decoder, nn.Module) or decoder is model:
+        return None
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 9, device=device)[None] % config.vocab_size
+    mode = model.training
+    model.eval()
+    try:
+        expected = model(input_ids=ids, use_cache=False).logits
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        tolerance = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 1e-2
+        for head in (Head(decoder, output, scale, cap) for scale in _scales(config) for cap in _caps(config)):
+            logits = head.logits(hidden)
+            if logits.shape == expected.shape and (logits - expected).abs().max() <= tolerance * expected.abs().max():
+                return head
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return None
+    finally:
+        model.train(mode)
+    return None
+
+
+def _scales(config: Any) -> list[float]:
+    """Families name it differently: Cohere multiplies by logit_scale, Granite divides by logits_scaling."""
+    factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    return [1.0, *([float(factor)] if factor else []), *([1 / float(divisor)] if divisor else [])]
+
+
+def _caps(config: Any) -> list[float | None]:
+    cap = getattr(config, "final_logit_softcapping", None)
+    return [float(cap), None] if cap else [None]
+
+
+def _is_frozen_matrix(layer: nn.Module) -> bool:
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is nn.Linear and not hooks and not any(p.requires_grad for p in layer.parameters())
+
+
+def _selected_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own logits, (n, V), with all but the supervised rows taken away before its head where it has one."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(head, nn.Module):
+        return model(**batch.inputs(), use_cache=False).logits.flatten(0, 1)[batch.predict]  # type: ignore[no-any-return]
+
+    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].flatten(0, 1)[batch.predict].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        return model(**batch.inputs(), use_cache=False).logits[0]  # type: ignore[no-any-return]
+    finally:
+        handle.remove()
