@@ -117,6 +117,9 @@ class ModelConfig:
     trust_remote_code: bool = knob(
         False, "run Python code that comes with the model; leave off unless you read it"
     )
+    chat_template: str | None = knob(
+        None, "file with a Jinja chat template, or 'plain', in place of the tokenizer's own"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +136,6 @@ class DataConfig:
     )
     loss_on: Literal["assistant", "last", "all"] = knob(
         "assistant", "which tokens carry loss: every assistant turn, the last one only, or all tokens"
-    )
-    chat_template: str | None = knob(
-        None, "file with a Jinja chat template, or 'plain', for a tokenizer that has none"
     )
     allow_dropped: float = knob(
         0.05, "refuse to start when a larger share of the rows than this has to be dropped"

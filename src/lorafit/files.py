@@ -24,7 +24,7 @@ def new_folder(path: str | Path, replaces: Iterable[str] | None = None) -> Itera
     An existing `path` is exchanged for the new folder only if it is empty or holds nothing but files matching
     the patterns in `replaces` (None: whatever it holds); otherwise DiskError, and nothing is lost.
     """
-    target = Path(path).expanduser().absolute()
+    target = Path(path).expanduser().resolve()
     _check_replaceable(target, replaces)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
@@ -83,9 +83,7 @@ def _check_replaceable(target: Path, replaces: Iterable[str] | None) -> None:
     patterns = tuple(replaces)
     foreign = sorted(p.name for p in target.iterdir() if not any(p.match(pattern) for pattern in patterns))
     if foreign:
-        raise DiskError(
-            f"{target} holds other files ({listing(foreign, 3)}): choose a new folder, nothing was written"
-        )
+        raise DiskError(f"{target} holds other files ({listing(foreign, 3)}): choose a new folder, nothing was written")
 
 
 def _settle(folder: Path) -> None:
@@ -119,6 +117,4 @@ def _exchange(a: Path, b: Path) -> None:
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None or call(here, os.fsencode(a), here, os.fsencode(b), exchange) != 0:
         code = ctypes.get_errno() or errno.ENOSYS
-        raise OSError(
-            code, f"this system cannot replace a folder in one step ({os.strerror(code)}): choose a new name"
-        )
+        raise OSError(code, f"this system cannot replace a folder in one step ({os.strerror(code)}): choose a new name")

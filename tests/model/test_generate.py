@@ -8,11 +8,12 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lorafit.data.chat import ChatTemplate
 from lorafit.errors import ModelError, UsageError
 from lorafit.model.generate import _chooser, _Text, generate, next_ids, prompt_ids, stop_tokens, stream
 
@@ -198,16 +199,19 @@ def plain(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, V - 1), max_size=40))
 def test_pieces_join_to_the_decoded_text_byte_level(ids: list[int]) -> None:
     assert "".join(pieces_of(BPE, ids)) == plain(BPE, ids)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, len(SPM) - 1), max_size=40))
 def test_pieces_join_to_the_decoded_text_sentencepiece(ids: list[int]) -> None:
     assert "".join(pieces_of(SPM, ids)) == plain(SPM, ids)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20))
 def test_a_character_comes_whole_or_not_at_all(text: str) -> None:
     for tokenizer in (BPE, SPM):
@@ -236,6 +240,7 @@ def test_special_tokens_leave_no_text() -> None:
     assert "".join(pieces_of(BPE, ids)) == "hello"
 
 
+@settings(deadline=None)
 @given(st.text("ab你", max_size=12), st.lists(st.text("ab你", min_size=1, max_size=3), max_size=3))
 def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
     ids = BPE(text, add_special_tokens=False)["input_ids"]
@@ -261,7 +266,7 @@ def test_a_string_is_one_user_turn() -> None:
 def test_without_a_template_a_string_is_continued_and_a_conversation_refused() -> None:
     bare = byte_level(chat_template=None)
     assert BPE.decode(prompt_ids(bare, "hello")) == "hello"
-    with pytest.raises(ModelError, match="no chat template"):
+    with pytest.raises(UsageError, match="no chat template"):
         prompt_ids(bare, [{"role": "user", "content": "hello"}])
     with pytest.raises(UsageError, match="prompt is empty"):
         prompt_ids(bare, "")
@@ -270,7 +275,7 @@ def test_without_a_template_a_string_is_continued_and_a_conversation_refused() -
 def test_an_answer_ends_where_tokenizer_model_template_or_caller_say(build: Build) -> None:
     model = build("llama")
     end_of_text, start, end_of_turn = BPE.convert_tokens_to_ids(SPECIAL)
-    assert stop_tokens(model, BPE) == ({end_of_text, end_of_turn}, ())
+    assert stop_tokens(model, BPE, chat=ChatTemplate(BPE)) == ({end_of_text, end_of_turn}, ())
     assert stop_tokens(model, byte_level(None)) == ({end_of_text}, ())
     model.generation_config.eos_token_id = [70, 71]
     assert stop_tokens(model, byte_level(None), stop="\n\n") == ({end_of_text, 70, 71}, ("\n\n",))
@@ -281,7 +286,8 @@ def test_an_answer_ends_where_tokenizer_model_template_or_caller_say(build: Buil
 
 def test_a_template_without_end_token_adds_none(build: Build) -> None:
     plain_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    assert stop_tokens(build("llama"), byte_level(plain_template))[0] == {BPE.eos_token_id}
+    tokenizer = byte_level(plain_template)
+    assert stop_tokens(build("llama"), tokenizer, chat=ChatTemplate(tokenizer))[0] == {tokenizer.eos_token_id}
 
 
 # --- stream and generate -------------------------------------------------------------------------------
@@ -292,7 +298,7 @@ def test_stream_says_what_transformers_generate_says(build: Build) -> None:
     ids = torch.tensor([prompt_ids(BPE, "hello")])
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40)
     said = expected[0, ids.shape[1] :].tolist()
-    ends = stop_tokens(model, BPE)[0]
+    ends = stop_tokens(model, BPE, chat=ChatTemplate(BPE))[0]
     said = said[: next((i for i, token in enumerate(said) if token in ends), None)]
     assert "".join(stream(model, BPE, "hello", max_new_tokens=40)) == plain(BPE, said)
 

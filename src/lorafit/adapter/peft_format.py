@@ -32,8 +32,7 @@ from lorafit.lora.layers import VARIANTS, LoraEmbedding, TrainedCopy
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-# Every field PEFT 0.21 writes, with the value it has in a plain LoRA adapter (`runtime_config` it never
-# stores).
+# Every field PEFT 0.21 writes, with the value it has in a plain LoRA adapter.
 DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},
@@ -89,8 +88,7 @@ UNDERSTOOD = {
     "lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_dora",
     "use_rslora",
 }  # fmt: skip
-# Initialisations that leave the base weight alone; PEFT changes the base for the others when it loads such a
-# file.
+# Initialisations that leave the base weight alone; for the others PEFT changes the base when it loads a file.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -214,9 +212,7 @@ def load_lora(model: nn.Module, path: str | Path, *, trainable: bool = True) -> 
     plan = _plan(model, raw, tensors, str(folder))
     _check(model, plan, tensors, str(folder))
     inject.remove_lora(model)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the start of A and B is overwritten: leave the caller's random numbers be
+    with torch.random.fork_rng(devices=[]):  # the start of A and B is overwritten: leave the caller's random numbers be
         inject.execute(model, plan)
     with torch.no_grad():
         for name, layer in inject.wrappers(model):
@@ -238,9 +234,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
                 f"{folder}: adapter_model.bin is a pickle, which lorafit never opens: load it in PEFT and "
                 "save it again with save_pretrained, which writes safetensors"
             )
-        raise AdapterError(
-            f"{folder}: no {WEIGHTS} here; give the folder that holds an adapter in PEFT's format"
-        )
+        raise AdapterError(f"{folder}: no {WEIGHTS} here; give the folder that holds an adapter in PEFT's format")
     try:
         with safe_open(file, framework="pt") as opened:
             keys = {key: _plain_key(key) for key in opened.keys()}  # noqa: SIM118
@@ -249,16 +243,12 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
                 raise AdapterError(f"{file}: several tensors for one place: {listing(twice)}")
             return {plain: opened.get_tensor(key) for key, plain in keys.items()}
     except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            f"{file}: not a readable safetensors file ({str(error).splitlines()[0]})"
-        ) from error
+        raise AdapterError(f"{file}: not a readable safetensors file ({str(error).splitlines()[0]})") from error
 
 
 def _plain_key(key: str) -> str:
     key = key.removeprefix("module.").removeprefix(PREFIX).replace("_orig_mod.", "")
-    key = re.sub(
-        r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.default\b", r".\1", key
-    )
+    key = re.sub(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.default\b", r".\1", key)
     return re.sub(r"\.modules_to_save(\.default)?\.", ".", key)
 
 
@@ -281,11 +271,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise AdapterError(
                 f"{file}: unknown field {name}={value!r}{nearest(name, DEFAULTS)}; it may change the result"
             )
-        if (
-            name in DEFAULTS
-            and name not in HISTORY | UNDERSTOOD
-            and value not in (None, False, {}, [], DEFAULTS[name])
-        ):
+        if name in DEFAULTS and name not in HISTORY | UNDERSTOOD and value not in (None, False, {}, [], DEFAULTS[name]):
             raise AdapterError(
                 f"{file}: {name}={value!r} is not supported; lorafit would compute something else than PEFT"
             )
@@ -362,28 +348,29 @@ def _trained_names(patterns: list[str], model: nn.Module, tensors: Mapping[str, 
 def _check(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], where: str) -> None:
     """Compare what model and configuration call for with the file; raise one line with every difference."""
     modules = inject.plain_modules(model)
-    expected: dict[str, Tensor] = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    counters: set[str] = set()  # integer buffers of modules trained in full, such as BatchNorm's
     for target in plan.targets:
         embedding = isinstance(modules[target.name], nn.Embedding)
         kind = LoraEmbedding if embedding else VARIANTS[plan.config.variant]
         for key, shape in kind.tensor_shapes(*target.shape, target.r).items():
-            expected[f"{target.name}.{key}"] = torch.empty(shape, device="meta")
+            expected[f"{target.name}.{key}"] = shape
     for name in plan.trained:
-        expected |= {f"{name}.{key}": tensor for key, tensor in modules[name].state_dict().items()}
+        for key, tensor in modules[name].state_dict().items():
+            expected[f"{name}.{key}"] = tuple(tensor.shape)
+            counters |= set() if tensor.is_floating_point() else {f"{name}.{key}"}
     copies = {key for key in tensors if _own_weight(key, modules, plan) is not None}
     shared = sorted(expected.keys() & tensors.keys())
     problems = {
         "missing": sorted(expected.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - expected.keys() - copies),
         "of the wrong shape": [
-            f"{key} is {tuple(tensors[key].shape)}, the model and {CONFIG} say {tuple(expected[key].shape)}"
+            f"{key} is {tuple(tensors[key].shape)}, the model and {CONFIG} say {expected[key]}"
             for key in shared
-            if tensors[key].shape != expected[key].shape
+            if tuple(tensors[key].shape) != expected[key]
         ],
         "of the wrong dtype": [
-            f"{key} is {tensors[key].dtype}"
-            for key in shared
-            if tensors[key].is_floating_point() != expected[key].is_floating_point()
+            f"{key} is {tensors[key].dtype}" for key in shared if tensors[key].is_floating_point() == (key in counters)
         ],
         "NaN or infinite": [key for key in shared if not tensors[key].float().isfinite().all()],
         "copied from another base model": [

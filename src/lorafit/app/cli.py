@@ -87,11 +87,12 @@ def train(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: Trai
     from lorafit.training import loop
 
     console = make_console()
-    folder = runs.start(Path(out.out), as_dict(model, lora, data, training, out))
-    examples, held_out = rows.read_rows(data, load_tokenizer(**source(model)), training.seed)
+    folder = runs.free(Path(out.out))
+    examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), training.seed)
     net, _ = load_model(**base(model))
     plan = load_lora(net, model.adapter) if model.adapter else add_lora(net, lora)
     console.print(f"{plan}\n{rows.summary(examples, held_out)}")
+    runs.start(folder, as_dict(model, lora, data, training, out))
     batches = rows.make_batches(examples, data, seed=training.seed)
     evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
     with runs.progress(console, loop.count_steps(training, batches), folder / runs.LOG) as on_step:
@@ -115,7 +116,7 @@ def evaluate(model: ModelConfig, data: DataConfig, seed: SeedConfig) -> None:
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
 
-    examples, held_out = rows.read_rows(data, load_tokenizer(**source(model)), seed.seed)
+    examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), seed.seed)
     batches = rows.make_batches(held_out or examples, data, shuffle=False)
     net, _ = load_model(**base(model), adapter=model.adapter)
     with lora_disabled(net):
@@ -158,7 +159,7 @@ def chat(model: ModelConfig, talk: TalkConfig, answers: AnswerConfig) -> None:
             pieces: list[str] = []
             with nullcontext() if adapted else lora_disabled(net):
                 try:
-                    for piece in stream(net, tokenizer, messages, **asdict(answers)):
+                    for piece in stream(net, tokenizer, messages, chat_template=model.chat_template, **asdict(answers)):
                         pieces.append(piece)
                         say(piece)
                 except KeyboardInterrupt:
@@ -195,16 +196,20 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedCo
     need("inspect", model=model.model)
     from lorafit.adapter.peft_format import load_lora
     from lorafit.app import rows
+    from lorafit.app.memory import estimate
     from lorafit.lora.inject import add_lora
     from lorafit.model.load import load_skeleton, load_tokenizer
 
     console = make_console()
     skeleton = load_skeleton(**base(model))
     plan = load_lora(skeleton, model.adapter) if model.adapter else add_lora(skeleton, lora)
-    console.print(f"{plan}\n{memory(skeleton)}")
-    if data.data:
+    console.print(str(plan))
+    if not data.data:
+        console.print(estimate(skeleton, data.batch_size * data.max_length))
+    else:
         tokenizer = load_tokenizer(**source(model))
-        examples, held_out = rows.read_rows(data, tokenizer, seed.seed)
+        examples, held_out = rows.read_rows(model, data, tokenizer, seed.seed)
+        console.print(estimate(skeleton, rows.largest_pass(rows.make_batches(examples, data, seed=seed.seed))))
         console.print(rows.summary(examples, held_out))
         for example in examples[: show.rows]:
             console.print(f"\n{example.source}")
@@ -240,13 +245,6 @@ def base(model: ModelConfig) -> dict[str, Any]:
     return {**source(model), "dtype": model.dtype, "device": model.device}
 
 
-def memory(model: Any) -> str:
-    """What training holds: the frozen base; in fp32 weight, gradient and AdamW's two moments of the rest."""
-    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad) / 2**20
-    trained = sum(4 * 4 * p.numel() for p in model.parameters() if p.requires_grad) / 2**20
-    return f"memory: {frozen:,.0f} MiB frozen, {trained:,.0f} MiB adapter with optimizer; plus activations"
-
-
 def make_console() -> Any:
     """Plain text comes out as it is: nothing wrapped, nothing in brackets taken for markup."""
     from rich.console import Console
@@ -280,6 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         run([argument for argument in arguments if argument != "--debug"])
+    except SystemExit as stopped:  # argparse has printed the help
+        return int(stopped.code or 0)
     except KeyboardInterrupt:
         print("lorafit: interrupted", file=sys.stderr)
         return 130
@@ -288,10 +288,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        refused = isinstance(error, LorafitError)
-        what = str(error) if refused else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
-        print(f"lorafit: {' '.join(what.split())}", file=sys.stderr)
-        return error.exit_code if isinstance(error, LorafitError) else 1
+        if isinstance(error, LorafitError):
+            print(f"lorafit: {error}", file=sys.stderr)
+            return error.exit_code
+        said = " ".join(str(error).split())
+        print(f"lorafit: unexpected {type(error).__name__}: {said} (--debug shows where)", file=sys.stderr)
+        return 1
     return 0
 
 

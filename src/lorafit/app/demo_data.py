@@ -102,7 +102,7 @@ PATTERNS = _lines("""
     please reserve {quantity} {product} until {date}. {name} will collect them in {city}.
     the party is on {date}. {quantity} {product} to {city}, please, and the bill to {name}.
     I changed my mind: make it {quantity} {product}, to {city}, on {date}. This is {name}.
-    {product} wanted! {quantity} of them, for {name} in {city}, not later than {date}.
+    wanted: {product}! {quantity} of them, for {name} in {city}, not later than {date}.
     our museum in {city} opens on {date} and will sell {quantity} {product}. Order by {name}.
     after {date} it is too late. {name} in {city} needs the {quantity} {product} before.
 """)
@@ -135,6 +135,10 @@ class Row:
     def messages(self, instruction: str = INSTRUCTION) -> list[dict[str, str]]:
         """What the model reads."""
         return [{"role": "system", "content": instruction}, {"role": "user", "content": self.message}]
+
+    def conversation(self, instruction: str = INSTRUCTION) -> list[dict[str, str]]:
+        """The same with the right answer."""
+        return [*self.messages(instruction), {"role": "assistant", "content": self.answer}]
 
 
 def make_rows(seed: int, train: int, held_out: int = 100, new_patterns: int = 50) -> tuple[list[Row], ...]:
@@ -190,6 +194,4 @@ def _row(random: Random, values: dict[str, Iterator[Any]], patterns: list[str]) 
 
 def _spoken(random: Random, date: datetime.date) -> str:
     month = MONTHS[date.month - 1]
-    return random.choice(
-        [f"{date.day} {month} {date.year}", f"{month} {date.day}, {date.year}", date.isoformat()]
-    )
+    return random.choice([f"{date.day} {month} {date.year}", f"{month} {date.day}, {date.year}", date.isoformat()])

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import inspect
 import math
-import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,18 +21,7 @@ from typing import Any, NoReturn
 from lorafit.errors import UsageError, nearest
 
 Verb = Callable[..., None]
-# Text that is a list of names; other text where names may stand is one regular expression, or 'all-linear'.
-NAMES = re.compile(r"([\w.]+(,\s*[\w.]+)*)?")
-SWITCH = {
-    "true": True,
-    "yes": True,
-    "on": True,
-    "1": True,
-    "false": False,
-    "no": False,
-    "off": False,
-    "0": False,
-}
+SWITCH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
 
 def read(name: str, verb: Verb, arguments: Sequence[str], known: Iterable[str]) -> dict[str, Any]:
@@ -133,8 +121,8 @@ def _convert(value: Any, hint: Any) -> Any:
 def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
     if types.NoneType in members and str(value).lower() in ("none", "null"):
         return None
-    if str in members and isinstance(value, str) and not NAMES.fullmatch(value):
-        return value  # a regular expression, 'all-linear', a path: anything but bare names
+    if str in members and isinstance(value, str):
+        return value
     return _convert(value, next(m for m in reversed(members) if m is not types.NoneType))
 
 

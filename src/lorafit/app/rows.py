@@ -7,18 +7,18 @@ from typing import Any
 
 from rich.text import Text
 
-from lorafit.config import DataConfig
+from lorafit.config import DataConfig, ModelConfig
 from lorafit.data.batches import Batches
 from lorafit.data.chat import IGNORE, Example
 from lorafit.data.read import read_examples
 from lorafit.errors import UsageError
 
 
-def read_rows(data: DataConfig, tokenizer: Any, seed: int) -> tuple[list[Example], list[Example]]:
+def read_rows(model: ModelConfig, data: DataConfig, tokenizer: Any, seed: int) -> tuple[list[Example], list[Example]]:
     """The rows to train on and those held out: `eval_data`, or `eval_rows` of the data drawn by `seed`."""
-    rows = _read(data.data, data, tokenizer) if data.data else []
+    rows = _read(data.data, model, data, tokenizer) if data.data else []
     if data.eval_data:
-        return rows, _read(data.eval_data, data, tokenizer)
+        return rows, _read(data.eval_data, model, data, tokenizer)
     if data.eval_rows and data.eval_rows >= len(rows):
         raise UsageError(f"eval_rows must leave rows to train on: it is {data.eval_rows} of {len(rows)}")
     drawn = set(random.Random(seed).sample(range(len(rows)), data.eval_rows))
@@ -36,6 +36,12 @@ def make_batches(rows: Sequence[Example], data: DataConfig, *, seed: int = 0, sh
         max_tokens_per_pack=data.max_tokens_per_pack,
         shuffle=shuffle,
     )
+
+
+def largest_pass(batches: Batches) -> int:
+    """The most tokens that one forward pass of the first epoch holds."""
+    windows = (batches.window(step) for step in range(batches.steps_per_epoch))
+    return max(batch.input_ids.numel() for window in windows for batch in window)
 
 
 def summary(rows: Sequence[Example], held_out: Sequence[Example]) -> str:
@@ -61,12 +67,13 @@ def rendered(row: Example, tokenizer: Any, colour: bool) -> Text:
     return text
 
 
-def _read(source: str, data: DataConfig, tokenizer: Any) -> list[Example]:
+def _read(source: str, model: ModelConfig, data: DataConfig, tokenizer: Any) -> list[Example]:
     return read_examples(
         source,
         tokenizer,
         max_length=data.max_length,
         loss_on=data.loss_on,
-        chat_template=data.chat_template,
+        chat_template=model.chat_template,
         allow_dropped=data.allow_dropped,
+        on_note=print,
     )

@@ -24,12 +24,18 @@ ADAPTER, CONFIG, LOG, PICTURE = "adapter", "config.yaml", "log.jsonl", "loss.png
 EVERY = 5.0  # seconds between two lines where there is no terminal to draw a bar on
 
 
-def start(folder: Path, settings: Mapping[str, Any]) -> Path:
-    """Make the folder of a new run and write its settings there. A folder with a finished run is refused."""
-    import yaml
-
+def free(folder: Path) -> Path:
+    """`folder`, refused if there is a finished run in it."""
     if (folder / ADAPTER).exists():
         raise DiskError(f"{folder} already holds a trained adapter: choose another --out, or remove the folder")
+    return folder
+
+
+def start(folder: Path, settings: Mapping[str, Any]) -> Path:
+    """Make the folder of a new run and write its settings there."""
+    import yaml
+
+    free(folder)
     lines = yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False, allow_unicode=True)
     write_text(folder / CONFIG, lines)
     (folder / LOG).unlink(missing_ok=True)  # of a run that was cut off

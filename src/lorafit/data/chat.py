@@ -1,12 +1,394 @@
-"""A row becomes messages becomes (ids, labels). (Being written; this is the contract.)"""
+"""A conversation becomes token ids and labels: what the assistant wrote carries loss, everything else does not.
 
+A chat template does not say which part of its text the assistant wrote, but it can be asked. For the assistant's
+message k, `prompt = render(messages[:k], generation prompt)` is what the model is given and `full =
+render(messages[:k+1])` is what should stand there when it has answered; the difference is what it must write.
+
+* If every prompt and every full is the beginning of the whole conversation's text, the conversation is one row.
+* If not (templates that drop the thinking of earlier turns, say), it becomes one row per assistant turn, each as
+  the model sees it when it writes that turn.
+* If the prompt is not the beginning of full (its generation prompt opens a thought that the finished turn does
+  not show), loss starts where the two part, provided that all earlier messages come before that point. Otherwise
+  the template is refused.
+
+The pieces are tokenised one by one, as at inference, where the prompt is tokenised without its answer. A row ends
+with the token that ends the answer: what a template writes after it, the model is never asked to write.
+
+Messages are data. A control token (`<|im_end|>`) inside them is broken up before it is rendered, so that it is
+encoded as the characters it is made of: the only control tokens of a row are those that its template wrote.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from lorafit.data.messages import BREAK, ROLES, THOUGHT, Message, call_of, checked, function_of, said, short
+from lorafit.errors import DataError, UsageError
 
 IGNORE = -100
+"""The label of a position that carries no loss."""
+
+DATE = datetime(2026, 1, 1)
+"""What a template sees as today (`strftime_now`): the same rows give the same ids on every day."""
+
+PLAIN = (
+    "{% if bos_token is defined and bos_token != eos_token %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '### ' + message.role.capitalize() + ':\n' + message.content }}"
+    "{{ eos_token if message.role == 'assistant' }}{{ '\n\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+)
+"""The template that `chat_template="plain"` stands for."""
+
+LossOn = Literal["assistant", "last", "all"]
+_PROBE = "lorafit-probe"
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
+    """Token ids and labels: `labels[i]` is `ids[i]` where position i carries loss, else `IGNORE`."""
+
     ids: list[int]
     labels: list[int]
-    source: str
+    source: str = ""
+
+
+def encode_chat(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    loss_on: LossOn = "assistant",
+    tools: Sequence[Any] | None = None,
+    template: str | None = None,
+    source: str = "",
+) -> list[Example]:
+    """The rows of one conversation; none if no assistant message in it says anything.
+
+    `template` is a file with a Jinja chat template, or "plain"; without it the tokenizer's own is used.
+    """
+    chat = ChatTemplate(tokenizer, template, with_tools=bool(tools))
+    return chat.encode(messages, loss_on=loss_on, tools=tools, source=source)
+
+
+def encode_text(text: str, tokenizer: Any, source: str = "") -> Example:
+    """Plain text: loss on every token, BOS where the tokenizer writes one, and EOS at the end."""
+    ids = _beginning(text, tokenizer) + _end(tokenizer)
+    return Example(ids, list(ids), source)
+
+
+def encode_continuation(prompt: str, completion: str, tokenizer: Any, loss_on: str, source: str = "") -> Example:
+    """A prompt as it stands, without a template, and loss on its completion and EOS."""
+    start = _beginning(prompt, tokenizer)
+    answer = _Continue(tokenizer)(completion, prompt) + _end(tokenizer)
+    return Example(start + answer, (start if loss_on == "all" else [IGNORE] * len(start)) + answer, source)
+
+
+def _beginning(text: str, tokenizer: Any) -> list[int]:
+    """The ids of a text that goes on: with the tokenizer's BOS, once, and without an EOS."""
+    ids = _encode(tokenizer, text)
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
+        ids = ids[1:]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _end(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def template_text(tokenizer: Any, template: str | None = None, with_tools: bool = False) -> tuple[str, str]:
+    """(what to call it, Jinja text) of the template that `template` stands for: a file, "plain", or the tokenizer's."""
+    if template == "plain":
+        if tokenizer.eos_token is None:
+            raise UsageError("chat_template 'plain' ends answers with the EOS token, and this tokenizer has none")
+        return "the chat template 'plain'", PLAIN
+    if template is not None:
+        try:
+            return f"the chat template {template}", Path(template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"chat_template {template!r} is neither 'plain' nor a file that can be read: {error}"
+            ) from None
+    if not tokenizer.chat_template:
+        raise UsageError(
+            "the tokenizer has no chat template: give chat_template a file with one, or 'plain' for a simple one"
+        )
+    name = f"the chat template of {os.path.basename(tokenizer.name_or_path) or 'this tokenizer'}"
+    try:
+        return name, tokenizer.get_chat_template(tools=[{}] if with_tools else None)
+    except ValueError as error:  # several templates, and none of them the default
+        raise UsageError(f"{name} cannot be told: {_first_line(error)}") from None
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, compiled once, with what has been found out about it by asking it."""
+
+    def __init__(self, tokenizer: Any, template: str | None = None, *, with_tools: bool = False) -> None:
+        # The sandbox in which transformers renders templates. Called here without its wrapper, because that lets
+        # nobody set the date.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        self.tokenizer = tokenizer
+        self.name, self.text = template_text(tokenizer, template, with_tools)
+        try:
+            self._template = _compile_jinja_template(self.text)
+        except Exception as error:
+            raise UsageError(f"{self.name} is not a Jinja template: {_first_line(error)}") from None
+        self._ids = _Continue(tokenizer)
+        added = list(tokenizer.added_tokens_decoder.values())
+        self._added = tuple(token.content for token in added if not token.content.isspace())
+        # An assistant may write tokens that are not special (<tool_call>) or open a thought; others may not.
+        special = {token.content for token in added if token.special}
+        written = {token.content for token in added if token.content in self.text}
+        self._control = {
+            role: _any_of(special - {*THOUGHT} if role == "assistant" else special | written) for role in ROLES
+        }
+        self._ask()
+
+    def _ask(self) -> None:
+        """Find out how the template wants its messages, and what it writes at the end of an answer."""
+        self._parts, self._json_arguments = False, False
+        self._no_content: tuple[str | None, ...] = ()  # what stands for content where there is none, if anything does
+        user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}
+        call = {"role": "assistant", "tool_calls": [call_of({"name": "f", "arguments": {"a": _PROBE}}, "probe")]}
+
+        def shown(*messages: Message, prompt: bool = False) -> str:
+            with suppress(DataError):
+                return self.render([self._view(message) for message in messages], prompt=prompt)
+            return ""
+
+        # Templates of vision models show text only where it comes as a list of parts.
+        for self._parts in (False, True, False):
+            if _PROBE in shown(user, answer):
+                break
+        # Some need content even beside tool calls, some want the arguments as text.
+        for self._no_content, self._json_arguments in (*product(((), (None,), ("",)), (False, True)), ((), False)):
+            if _PROBE in shown(user, call):
+                break
+        # What follows an answer: its end token, and perhaps text that gives way when the conversation goes on.
+        end = shown(user, answer).rpartition(_PROBE)[2]
+        cut = _common(end, shown(user, answer, prompt=True).rpartition(_PROBE)[2])
+        tokens = list(_any_of(self._added).finditer(end))
+        cut = next((token.start() for token in tokens if token.start() < cut < token.end()), cut)
+        self._end_text = end[cut:] if tokens and tokens[0].end() <= cut else ""
+        self._ends_turns = bool(tokens)
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str:
+        """The template's text for `messages`; with `prompt`, up to where the assistant begins to write."""
+        try:
+            text: str = self._template.render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=prompt,
+                strftime_now=DATE.strftime,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:
+            raise DataError(f"{self.name} does not take this conversation: {_first_line(error)}") from None
+        return text
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
+        """The ids that a model is to continue: exactly how the row of this conversation begins."""
+        views = [self._view(message) for message in checked(messages)]
+        return self._ids(self.render(views, self._tools(tools), prompt=True))
+
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        loss_on: LossOn = "assistant",
+        tools: Sequence[Any] | None = None,
+        since: int = 1,
+        source: str = "",
+    ) -> list[Example]:
+        """The rows of one conversation; none if no assistant message in it says anything.
+
+        Assistant messages before number `since` are context. A greeting (number 0) always is: no model is asked for it.
+        """
+        asked = checked(messages)
+        answers = [k for k, message in enumerate(asked) if k >= max(since, 1) and message["role"] == "assistant"]
+        if not answers:
+            raise DataError("no assistant message answers anything: a row needs one after a user's")
+        turns = [k for k in answers if said(asked[k])]
+        turns = turns if loss_on == "assistant" else turns[-1:]
+        if not turns:
+            return []
+        views, given = [self._view(message) for message in asked], self._tools(tools)
+        prompts = [self.render(views[:k], given, prompt=True) for k in turns]
+        fulls = [self.render(views[: k + 1], given) for k in turns]
+        whole = fulls[-1]
+        stops = [self._stop(full) for full in fulls]
+        if all(map(whole.startswith, prompts)) and all(
+            self._closed(full, stop) and whole.startswith(full.removesuffix(self._end_text))
+            for full, stop in zip(fulls[:-1], stops, strict=False)
+        ):
+            starts = [len(prompt) for prompt in prompts]
+            rows = [(whole, list(zip(starts, stops, strict=True)))]
+        else:
+            starts = [
+                self._start(views, given, k, prompt, full)
+                for k, prompt, full in zip(turns, prompts, fulls, strict=True)
+            ]
+            rows = [(full, [(start, stop)]) for full, start, stop in zip(fulls, starts, stops, strict=True)]
+        for k, full, start in zip(turns, fulls, starts, strict=True):
+            self._check_shown(asked[k], k, full[start:], "writes no such thing in an assistant's turn")
+        for k, message in enumerate(asked[: turns[-1]]):
+            if message["role"] != "assistant":
+                self._check_shown(message, k, whole, "leaves it out")
+        for tool in tools or ():
+            if (name := function_of(tool)["name"]) not in prompts[0].replace(BREAK, ""):
+                raise DataError(f"{self.name} does not show the row's tools ({short(name)}): use another chat_template")
+        return [self._example(text, spans, loss_on, source) for text, spans in rows]
+
+    def _start(self, views: Sequence[Message], tools: Sequence[Any] | None, k: int, prompt: str, full: str) -> int:
+        """Where loss starts in `full`: behind the prompt, or where the two part."""
+        if full.startswith(prompt):
+            return len(prompt)
+        # An answer that happens to begin like the generation prompt must not be taken for it: ask with another one.
+        other = self.render([*views[:k], self._view({"role": "assistant", "content": _PROBE})], tools)
+        start = min(_common(prompt, full), _common(prompt, other))
+        before = self.render(views[:k], tools).removesuffix(self._end_text)
+        if not full[:start].startswith(before):
+            raise DataError(
+                f"{self.name} shows what comes before message {k + 1} in one way when it asks for that message and in "
+                "another when it has it, so no prompt leads to it: change the row, or use another chat_template"
+            )
+        return start
+
+    def _stop(self, full: str) -> int:
+        """Where the last turn of `full` ends: behind its end token, if it has one."""
+        return len(full.removesuffix(self._end_text).rstrip())
+
+    def _closed(self, text: str, stop: int) -> bool:
+        return self._ends_turns and text.endswith(self._added, 0, stop)
+
+    def _example(self, text: str, spans: Sequence[tuple[int, int]], loss_on: LossOn, source: str) -> Example:
+        """Tokenise `text` piece by piece up to the end of the last span; the spans carry loss."""
+        ids: list[int] = []
+        labels: list[int] = []
+        at = 0
+        for start, stop in spans:
+            context, answer = self._ids(text[at:start], text[:at]), self._ids(text[start:stop], text[:start])
+            if not self._closed(text, stop):  # the template does not end its turns: the model must all the same
+                answer += _end(self.tokenizer)
+            ids += context + answer
+            labels += (context if loss_on == "all" else [IGNORE] * len(context)) + answer
+            at = stop
+        return Example(ids, labels, source)
+
+    def _view(self, message: Message) -> Message:
+        """`message` in the words this template understands, its control tokens broken up."""
+        role = message["role"]
+        view: Message = _map_strings(message, lambda text: _broken(text, self._control[role]))
+        view["role"] = role
+        if role == "developer" and "developer" not in self.text:
+            view["role"] = "system"
+        if "content" not in view and self._no_content:
+            view["content"] = self._no_content[0]
+        elif "content" in view and self._parts:
+            view["content"] = [{"type": "text", "text": view["content"]}]
+        if "reasoning_content" in view:
+            view["thinking"] = view["reasoning_content"]  # the word of gpt-oss
+        if self._json_arguments:
+            for call in view.get("tool_calls", ()):
+                call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        return view
+
+    def _tools(self, tools: Sequence[Any] | None) -> list[Any] | None:
+        """The tools as the template sees them, their control tokens broken up too."""
+        if not tools:
+            return None
+        for tool in tools:
+            if not isinstance(tool, Mapping) or not isinstance(function_of(tool).get("name"), str):
+                raise DataError(f"a tool must be an object with function.name, not {short(tool)}")
+        return [_map_strings(tool, lambda text: _broken(text, self._control["tool"])) for tool in tools]
+
+    def _check_shown(self, message: Message, k: int, text: str, complaint: str) -> None:
+        """Refuse a template that silently drops what a message says: the model would learn to do without it."""
+        text = text.replace(BREAK, "")
+        for what, words in said(message):
+            # Some templates write a tool's answer as JSON.
+            if words not in text and json.dumps(words, ensure_ascii=False)[1:-1] not in text:
+                raise DataError(
+                    f"message {k + 1} ({message['role']}) has {what}, but {self.name} {complaint}: "
+                    "take it out of the data, or use another chat_template"
+                )
+
+
+class _Continue:
+    """Encodes a piece of text that follows another one.
+
+    Tokenizers in the manner of sentencepiece put a space in front of whatever they are given, which is right at the
+    start of a text only. Such a piece is encoded behind what it follows, and that is taken off again.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.encode = partial(_encode, tokenizer, add_special_tokens=False)
+        self.adds_space = self.encode("\na") != self.encode("\n") + self.encode("a")
+        self.added = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
+
+    def __call__(self, text: str, before: str = "") -> list[int]:
+        ids: list[int] = []
+        for piece in text.split(BREAK):
+            if piece:
+                ids += self._piece(piece, before)
+                before = piece
+        return ids
+
+    def _piece(self, piece: str, before: str) -> list[int]:
+        if before and self.adds_space:
+            lead = next((token for token in self.added if before.endswith(token)), "\n")
+            skip, both = self.encode(lead), self.encode(lead + piece)
+            if both[: len(skip)] == skip:
+                return both[len(skip) :]
+        return self.encode(piece)
+
+
+def _encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    try:
+        return list(tokenizer.encode(text, **options))
+    except (TypeError, UnicodeEncodeError):
+        raise DataError("the text holds half a character (a lone surrogate such as \\ud83d): remove it") from None
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of JSON-like `value` with every string in it changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_map_strings(key, change): _map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_strings(item, change) for item in value]
+    return value
+
+
+def _broken(text: str, control: re.Pattern[str]) -> str:
+    """`text` with a break inside every control token."""
+    text = text.replace(BREAK, "")
+    while (broken := control.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)) != text:
+        text = broken
+    return text
+
+
+def _any_of(tokens: Any) -> re.Pattern[str]:
+    """Matches any of `tokens`, the longest where several fit; a token of one character cannot be broken up."""
+    longest_first = sorted({t for t in tokens if len(t) > 1 and not t.isspace()}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the longest common beginning of `a` and `b`."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

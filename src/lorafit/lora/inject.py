@@ -98,8 +98,7 @@ def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
             raise UsageError(f"unknown {label} '{name}'{nearest(name, known)}; known: {', '.join(known)}")
     modules = plain_modules(model)
     trained = _trained_modules(modules, config.train_modules, strict)
-    # nn.MultiheadAttention multiplies with its children's weights itself: a wrapper there would never be
-    # called.
+    # nn.MultiheadAttention multiplies with its children's weights itself: a wrapper there is never called.
     closed = (
         *trained,
         *(name for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)),
@@ -118,13 +117,9 @@ def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
         r = int(_resolve(config.rank_pattern, name, config.r))
         targets.append(Target(name, r, float(_resolve(config.alpha_pattern, name, config.alpha)), (out, in_)))
     if not targets and not trained:
-        raise UsageError(
-            f"nothing to adapt: no linear layer in this {type(model).__name__} matches the configuration"
-        )
+        raise UsageError(f"nothing to adapt: no linear layer in this {type(model).__name__} matches the configuration")
     unreachable = _unreachable(model, trained)
-    return Plan(
-        config, tuple(targets), tuple(trained), unreachable, *_counts(model, config, targets, trained)
-    )
+    return Plan(config, tuple(targets), tuple(trained), unreachable, *_counts(model, config, targets, trained))
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -136,9 +131,7 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, Wrapper):
             inside += (f"{name}.",)
-            modules |= {
-                f"{name}.{child}" if child else name: m for child, m in module.base_layer.named_modules()
-            }
+            modules |= {f"{name}.{child}" if child else name: m for child, m in module.base_layer.named_modules()}
         else:
             modules[name] = module
     return modules
@@ -186,11 +179,7 @@ def _select(model: nn.Module, layers: Mapping[str, nn.Module], config: LoraConfi
         kept = [name for name in chosen if not matches(exclude, name)]
         if strict:
             entries = [exclude] if isinstance(exclude, str) else [(entry,) for entry in exclude]
-            idle = [
-                e if isinstance(e, str) else e[0]
-                for e in entries
-                if not any(matches(e, name) for name in layers)
-            ]
+            idle = [e if isinstance(e, str) else e[0] for e in entries if not any(matches(e, name) for name in layers)]
             if idle:
                 raise UsageError(_no_match("exclude", idle, layers))
         chosen = kept
@@ -200,25 +189,17 @@ def _select(model: nn.Module, layers: Mapping[str, nn.Module], config: LoraConfi
         missing = sorted(set(config.layers) - set(known))
         if missing and strict:
             span = f"{known[0]} to {known[-1]}" if known else "none"
-            raise UsageError(
-                f"layers: no block {listing(map(str, missing))} to adapt; the model's blocks are {span}"
-            )
+            raise UsageError(f"layers: no block {listing(map(str, missing))} to adapt; the model's blocks are {span}")
         chosen = [name for name in chosen if numbers[name] in config.layers]
     return chosen
 
 
-def _trained_modules(
-    modules: Mapping[str, nn.Module], patterns: tuple[str, ...], strict: bool
-) -> dict[str, nn.Module]:
+def _trained_modules(modules: Mapping[str, nn.Module], patterns: tuple[str, ...], strict: bool) -> dict[str, nn.Module]:
     found = {name: module for name, module in modules.items() if patterns and matches(patterns, name)}
     idle = [entry for entry in patterns if not any(matches((entry,), name) for name in modules)]
     if idle and strict:
         raise UsageError(_no_match("train_modules", idle, modules))
-    return {
-        name: m
-        for name, m in found.items()
-        if not name.startswith(tuple(f"{n}." for n in found if n != name))
-    }
+    return {name: m for name, m in found.items() if not name.startswith(tuple(f"{n}." for n in found if n != name))}
 
 
 def _check_patterns(config: LoraConfig, chosen: list[str], strict: bool) -> None:
@@ -272,9 +253,7 @@ def _refuse_unfit(model: nn.Module, chosen: Mapping[str, nn.Module], config: Lor
     for name, module in model.named_modules(remove_duplicate=False):
         other = first.get(id(module), name)
         if other != name and not name.endswith(".base_layer"):
-            raise UsageError(
-                f"{other} and {name} are one layer used twice, which a file cannot say: exclude it"
-            )
+            raise UsageError(f"{other} and {name} are one layer used twice, which a file cannot say: exclude it")
 
 
 def _unreachable(model: nn.Module, trained: Iterable[str]) -> dict[str, int]:
@@ -308,9 +287,7 @@ def collapse(names: Iterable[str]) -> list[tuple[str, int]]:
     groups: dict[str, list[tuple[int, ...]]] = defaultdict(list)
     for name in names:
         parts = name.split(".")
-        groups[".".join("#" if p.isdigit() else p for p in parts)].append(
-            tuple(int(p) for p in parts if p.isdigit())
-        )
+        groups[".".join("#" if p.isdigit() else p for p in parts)].append(tuple(int(p) for p in parts if p.isdigit()))
     lines = []
     for shape, numbers in groups.items():
         text = shape

@@ -87,6 +87,17 @@ class LoraLinear(nn.Module):
         W = read_weight(self.base_layer)
         return (W.to(factor_dtype(W)) + self.delta()).to(W.dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """For models that multiply by their layer's weight themselves, as Mamba does: laid out as the base's."""
+        W = self.merged_weight() if self.enabled else read_weight(self.base_layer)
+        return W.T if isinstance(self.base_layer, Conv1D | nn.Embedding) else W
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = getattr(self.base_layer, "bias", None)
+        return bias
+
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)"""
         if not self.enabled:
@@ -118,21 +129,15 @@ class LoraLinear(nn.Module):
             and not (base.bias is not None and base.bias.requires_grad)
             and base.weight.dtype == x.dtype
             and not torch.is_autocast_enabled(x.device.type)
-            and not (
-                base._forward_hooks
-                or base._forward_pre_hooks
-                or base._backward_hooks
-                or base._backward_pre_hooks
-            )
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
 
     def _fused(self, x: Tensor) -> Tensor:
         A, B = self.factors
         rows = x.reshape(-1, x.shape[-1])
         dropped = None if isinstance(self.dropout, nn.Identity) or not self.training else self.dropout(rows)
-        bias = self.base_layer.bias
         W = read_weight(self.base_layer)
-        y: Tensor = LowRankLinear.apply(rows, dropped, W, bias, A, B, self.scale)  # type: ignore[no-untyped-call]
+        y: Tensor = LowRankLinear.apply(rows, dropped, W, self.bias, A, B, self.scale)  # type: ignore[no-untyped-call]
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def extra_repr(self) -> str:
@@ -177,8 +182,7 @@ class DoraLinear(LoraLinear):
         y: Tensor = self.base_layer(x)
         if not self.enabled:
             return y
-        bias = getattr(self.base_layer, "bias", None)
-        Wx = y if bias is None else y - bias
+        Wx = y if self.bias is None else y - self.bias
         gain = self.lora_magnitude_vector / self.row_norm()  # (out,)
         # y plus a difference that is exactly 0 at the start, so that step 0 is the base model bit for bit.
         return y + (gain - 1).to(y.dtype) * Wx + gain.to(y.dtype) * self._low_rank(x).to(y.dtype)

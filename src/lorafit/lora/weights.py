@@ -20,9 +20,7 @@ from lorafit.errors import ModelError
 @singledispatch
 def read_weight(layer: nn.Module) -> Tensor:
     """The layer's weight as a floating-point matrix (out, in); a view where the layer stores it densely."""
-    raise ModelError(
-        f"lorafit cannot read the weight of a {type(layer).__name__}: register it with read_weight"
-    )
+    raise ModelError(f"lorafit cannot read the weight of a {type(layer).__name__}: register it with read_weight")
 
 
 @singledispatch
@@ -32,9 +30,7 @@ def write_weight(layer: nn.Module, weight: Tensor) -> None:
     The layer gets a new parameter: a weight that was shared with another layer (tied embeddings) stays as it
     was there.
     """
-    raise ModelError(
-        f"lorafit cannot write the weight of a {type(layer).__name__}: register it with write_weight"
-    )
+    raise ModelError(f"lorafit cannot write the weight of a {type(layer).__name__}: register it with write_weight")
 
 
 def is_readable(layer: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafit.data.chat import ChatTemplate, encode_text
 from lorafit.errors import ModelError, UsageError
 
 Conversation = str | Sequence[Mapping[str, Any]]
@@ -37,16 +38,18 @@ def stream(
     top_k: int = 0,
     stop: Stop = (),
     seed: int | None = None,
+    chat_template: str | None = None,
 ) -> Iterator[str]:
     """The answer to `messages`, in pieces; joined, they are the decoded answer without its end token.
 
     Temperature 0 is greedy; above it a token is drawn from the `top_k` likeliest (0: all) that together hold
-    `top_p` of the probability. With `seed` the draw repeats itself.
+    `top_p` of the probability. With `seed` the draw repeats itself. `chat_template` as in `read_examples`.
     """
     choose = [_chooser(temperature, top_p, top_k, seed)]
-    end_ids, end_strings = stop_tokens(model, tokenizer, stop)
+    chat = _chat(tokenizer, chat_template)
+    end_ids, end_strings = stop_tokens(model, tokenizer, stop, chat)
     text = _Text(tokenizer, end_strings)
-    prompt = prompt_ids(tokenizer, messages)
+    prompt = prompt_ids(tokenizer, messages, chat)
     for (token,) in next_ids(model, [prompt], choose, max_new_tokens=max_new_tokens, stop=end_ids):
         if token is not None and (piece := text.push(token)):
             yield piece
@@ -67,6 +70,7 @@ def generate(
     top_k: int = 0,
     stop: Stop = (),
     seed: int | None = None,
+    chat_template: str | None = None,
     batch_size: int = 8,
 ) -> list[str]:
     """The answers to all `conversations`, in their order; number i is what `stream` gives with seed + i."""
@@ -76,12 +80,11 @@ def generate(
         raise UsageError("generate takes a list of conversations; for a single one write [conversation]")
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         batch_size = 1  # recurrent models need not know what a padding mask is
-    end_ids, end_strings = stop_tokens(model, tokenizer, stop)
-    prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
+    chat = _chat(tokenizer, chat_template)
+    end_ids, end_strings = stop_tokens(model, tokenizer, stop, chat)
+    prompts = [prompt_ids(tokenizer, conversation, chat) for conversation in conversations]
     texts = [_Text(tokenizer, end_strings) for _ in prompts]
-    choose = [
-        _chooser(temperature, top_p, top_k, None if seed is None else seed + i) for i in range(len(prompts))
-    ]
+    choose = [_chooser(temperature, top_p, top_k, None if seed is None else seed + i) for i in range(len(prompts))]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # least padding
     answers = [""] * len(prompts)
     for start in range(0, len(by_length), batch_size):
@@ -150,23 +153,30 @@ def next_ids(
         new = spoken if cache is not None else ids
 
 
-def prompt_ids(tokenizer: Any, messages: Conversation) -> list[int]:
-    """The ids that a model is to continue. Without a chat template, a string is continued as it stands."""
-    if isinstance(messages, str):
-        if not tokenizer.chat_template:
-            return _not_empty(tokenizer(messages)["input_ids"])
-        messages = [{"role": "user", "content": messages}]
-    if not tokenizer.chat_template:
-        raise ModelError("the tokenizer has no chat template: pass a string, or set tokenizer.chat_template")
-    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    return _not_empty(tokenizer(text, add_special_tokens=False)["input_ids"])
+def prompt_ids(tokenizer: Any, messages: Conversation, chat: ChatTemplate | None = None) -> list[int]:
+    """The ids that a model is to continue, as in training. Without a chat template, a string is continued."""
+    if isinstance(messages, str) and chat is None and not tokenizer.chat_template:
+        ids = encode_text(messages, tokenizer).ids
+        ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+    else:
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        ids = (chat or ChatTemplate(tokenizer)).prompt_ids(turns)
+    if not ids:
+        raise UsageError("the prompt is empty: a model continues at least one token")
+    return ids
 
 
-def stop_tokens(model: nn.Module, tokenizer: Any, stop: Stop = ()) -> tuple[frozenset[int], tuple[str, ...]]:
+def stop_tokens(
+    model: nn.Module, tokenizer: Any, stop: Stop = (), chat: ChatTemplate | None = None
+) -> tuple[frozenset[int], tuple[str, ...]]:
     """Ids and strings that end an answer: the tokenizer's, the model's, the template's and the caller's."""
-    ids = {tokenizer.eos_token_id, _end_of_turn(tokenizer)}
+    ids = {tokenizer.eos_token_id}
     of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids.update(of_model if isinstance(of_model, list | tuple) else [of_model])
+    if chat is not None:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        last = chat.encode(turns)[0].ids[-1]  # what training puts at the end of an answer
+        ids |= {last} & tokenizer.added_tokens_decoder.keys()
     strings = []
     added = tokenizer.get_added_vocab()
     for entry in (stop,) if isinstance(stop, str) else stop:
@@ -179,15 +189,8 @@ def stop_tokens(model: nn.Module, tokenizer: Any, stop: Stop = ()) -> tuple[froz
     return frozenset(ids - {None}), tuple(strings)
 
 
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """The special token with which the chat template closes an assistant turn, if it does."""
-    if not tokenizer.chat_template:
-        return None
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "lorafit"}]
-    rest = tokenizer.apply_chat_template(turns, tokenize=False).partition("lorafit")[2]
-    added = tokenizer.added_tokens_decoder  # some tokenizers add runs of spaces, which end nothing
-    ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
-    return next((i for i in ids if i in added and added[i].content.strip()), None)
+def _chat(tokenizer: Any, chat_template: str | None) -> ChatTemplate | None:
+    return ChatTemplate(tokenizer, chat_template) if chat_template or tokenizer.chat_template else None
 
 
 class _Text:
@@ -203,9 +206,7 @@ class _Text:
         self.tokenizer, self.stop_strings = tokenizer, stop_strings
         self.silent = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.ids: list[int] = []
-        self.before = self.done = (
-            0  # ids[:done] are decoded; ids[before:done] give the next ones their context
-        )
+        self.before = self.done = 0  # ids[:done] are decoded; ids[before:done] give the next ones their context
         self.held = ""  # decoded, but perhaps the beginning of a stop string
         self.stopped = False
 
@@ -291,12 +292,6 @@ def _rooms(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[int]:
                 "included: shorten the conversation"
             )
     return [context - len(prompt) for prompt in prompts]
-
-
-def _not_empty(ids: list[int]) -> list[int]:
-    if not ids:
-        raise UsageError("the prompt is empty: a model continues at least one token")
-    return ids
 
 
 @contextmanager

@@ -11,6 +11,7 @@ guess: `packs_exactly` runs a few rows packed and alone and compares. Where the 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -89,29 +90,30 @@ def _row(
 ) -> Tensor:
     """Causal attention of one row: q (heads, L, d), k and v (key heads, L, d) -> (heads, L, d)."""
     heads, length, _ = q.shape
-    band = _band(length, window, q.device) if window is not None and window < length else None
     if length > LONG_ROW and softcap is None:
+        banded = window is not None and window < length
+        mask = ~_hidden(length, window, q.device) if banded else None
         grouped = {"enable_gqa": True} if heads != k.shape[0] else {}
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scale, **grouped
+            q, k, v, attn_mask=mask, is_causal=not banded, dropout_p=dropout, scale=scale, **grouped
         )
     # Query heads that share a key head are rows of one product, so that keys and values are never repeated.
     groups = heads // k.shape[0]
-    q = q.reshape(k.shape[0], groups * length, -1)
-    scores = (q @ k.transpose(1, 2)).mul_(scale).view(heads, length, length)
+    q = (q * scale).reshape(k.shape[0], groups * length, -1)
+    scores = (q @ k.transpose(1, 2)).view(heads, length, length)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    hidden = ~(band if band is not None else _band(length, None, q.device))
-    scores = scores.masked_fill(hidden, float("-inf"))
+    scores = scores.masked_fill_(_hidden(length, window, q.device), float("-inf"))
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     weights = F.dropout(weights, dropout)
     return (weights.view(k.shape[0], groups * length, length) @ v).view(heads, length, -1)
 
 
-def _band(length: int, window: int | None, device: torch.device) -> Tensor:
-    """(L, L), True where position i may see position j: j ≤ i, and i − j < window."""
+@lru_cache(maxsize=64)
+def _hidden(length: int, window: int | None, device: torch.device) -> Tensor:
+    """(L, L), True where position i may not see position j: the future, and what is `window` or more back."""
     visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return visible if window is None else visible.triu(1 - window)
+    return ~(visible if window is None else visible.triu(1 - window))
 
 
 @torch.no_grad()
