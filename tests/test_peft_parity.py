@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,9 @@ def test_peft_reloads_its_overlapping_patterns_wrongly_and_ours_rightly(
     trained = logits(theirs, token_ids())
     reloaded = logits(in_peft(tiny("llama"), tmp_path / "theirs"), token_ids())
     assert (reloaded - trained).abs().max() > 1e-3 * trained.abs().max()
+    here = tiny("llama")
+    load_lora(here, tmp_path / "theirs")  # such a file means here what it means there
+    assert_same(logits(here, token_ids()), reloaded)
 
     ours = tiny("llama")
     add_lora(ours, LoraConfig(r=4, alpha=8, alpha_pattern=dict(reversed(alphas.items()))))
@@ -258,6 +262,19 @@ def test_peft_reloads_its_overlapping_patterns_wrongly_and_ours_rightly(
     assert_same(logits(ours, token_ids()), trained)
     save_lora(ours, tmp_path / "ours")
     assert_same(logits(in_peft(tiny("llama"), tmp_path / "ours"), token_ids()), trained)
+
+
+def test_a_string_in_a_file_is_a_regular_expression_even_if_it_looks_like_a_name(shaken: Tiny, tmp_path: Path) -> None:
+    def plain() -> nn.Module:
+        torch.manual_seed(1)
+        inner = nn.Sequential(OrderedDict(lin=nn.Linear(4, 4)))
+        return nn.Sequential(OrderedDict(lin=nn.Linear(4, 4), inner=inner))
+
+    theirs = from_peft(plain(), peft_config(target_modules="lin", task_type=None), tmp_path, shaken)
+    ours = plain()
+    assert [target.name for target in load_lora(ours, tmp_path).targets] == ["lin"]
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_the_config_file_has_the_fields_peft_writes(tiny: Tiny, shaken: Tiny, tmp_path: Path) -> None:

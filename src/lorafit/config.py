@@ -69,12 +69,8 @@ class LoraConfig:
     variant: str = knob("lora", "the formula (the names in lorafit.VARIANTS)")
     rslora: bool = knob(False, "rank-stabilised scale, alpha / sqrt(r) (arXiv:2312.03732)")
     rank_pattern: Mapping[str, int] = knob({}, "other ranks for some layers: {name ending or regex: r}")
-    alpha_pattern: Mapping[str, float] = knob(
-        {}, "other alphas for some layers: {name ending or regex: alpha}"
-    )
-    train_modules: tuple[str, ...] = knob(
-        (), "modules trained in full beside LoRA, by name ending: norm, lm_head"
-    )
+    alpha_pattern: Mapping[str, float] = knob({}, "other alphas for some layers: {name ending or regex: alpha}")
+    train_modules: tuple[str, ...] = knob((), "modules trained in full beside LoRA, by name ending: norm, lm_head")
 
     def __post_init__(self) -> None:
         for name in ("targets", "exclude", "layers", "train_modules"):
@@ -114,9 +110,7 @@ class ModelConfig:
         "auto", "precision of the base; auto: bfloat16 where the processor computes it natively, else float32"
     )
     device: str = knob("auto", "cpu, cuda, cuda:1, mps …; auto: the first accelerator, else cpu")
-    trust_remote_code: bool = knob(
-        False, "run Python code that comes with the model; leave off unless you read it"
-    )
+    trust_remote_code: bool = knob(False, "run Python code that comes with the model; leave off unless you read it")
     chat_template: str | None = knob(
         None, "file with a Jinja chat template, or 'plain', in place of the tokenizer's own"
     )
@@ -126,20 +120,14 @@ class ModelConfig:
 class DataConfig:
     """Where rows come from, and how they become batches."""
 
-    data: str = knob(
-        "", "hub dataset, or .json .jsonl .csv .parquet file; 'name:train[:1%]' takes a split or slice"
-    )
+    data: str = knob("", "hub dataset, or .json .jsonl .csv .parquet file; 'name:train[:1%]' takes a split or slice")
     eval_data: str | None = knob(None, "held-out rows, in the same forms as data")
     eval_rows: int = knob(0, "without eval_data: hold out this many rows of data, drawn by the seed")
-    max_length: int = knob(
-        1024, "longest row in tokens; longer ones are cut, and dropped if no answer token is left"
-    )
+    max_length: int = knob(1024, "longest row in tokens; longer ones are cut, and dropped if no answer token is left")
     loss_on: Literal["assistant", "last", "all"] = knob(
         "assistant", "which tokens carry loss: every assistant turn, the last one only, or all tokens"
     )
-    allow_dropped: float = knob(
-        0.05, "refuse to start when a larger share of the rows than this has to be dropped"
-    )
+    allow_dropped: float = knob(0.05, "refuse to start when a larger share of the rows than this has to be dropped")
     batch_size: int = knob(8, "rows per forward pass")
     accumulate: int = knob(1, "forward passes per optimizer step; batch_size x accumulate rows make one step")
     packing: bool = knob(True, "lay rows end to end, isolated from each other; off: pad them to equal length")
@@ -160,12 +148,8 @@ class TrainConfig:
     lr: float = knob(2e-4, "peak learning rate")
     epochs: float = knob(1.0, "passes over the data")
     steps: int | None = knob(None, "stop after this many optimizer steps instead of after `epochs`")
-    schedule: Literal["cosine", "linear", "constant"] = knob(
-        "cosine", "how the learning rate falls after warm-up"
-    )
-    warmup: float = knob(
-        0.03, "share of the steps in which the learning rate rises from 0 (1 or more: steps)"
-    )
+    schedule: Literal["cosine", "linear", "constant"] = knob("cosine", "how the learning rate falls after warm-up")
+    warmup: float = knob(0.03, "share of the steps in which the learning rate rises from 0 (1 or more: steps)")
     weight_decay: float = knob(0.0, "AdamW's decoupled weight decay")
     betas: tuple[float, float] = knob((0.9, 0.999), "AdamW's two decay rates")
     eps: float = knob(1e-8, "AdamW's epsilon")
@@ -187,7 +171,5 @@ def as_dict(*configs: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for config in configs:
         for name, value in dataclasses.asdict(config).items():
-            flat[name] = (
-                list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
-            )
+            flat[name] = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
     return flat

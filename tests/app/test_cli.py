@@ -229,6 +229,11 @@ def test_flags_overrule_the_file_and_the_file_the_defaults(tmp_path: Path) -> No
     line = f"--config {tmp_path / 'c.toml'} --lr 5e-4"
     changed = {"r": 4, "lr": 5e-4, "targets": ["q_proj"], "rank_pattern": {"q_proj": 2}}
     assert resolved(line) == defaults | changed
+    (tmp_path / "c.yaml").write_text(
+        "max-length: 8\nlr: 1e-3\ntrain_modules: norm,lm_head\n"
+    )  # YAML reads 1e-3 as text
+    changed = {"max_length": 8, "lr": 1e-3, "train_modules": ["norm", "lm_head"]}
+    assert resolved(f"--config {tmp_path / 'c.yaml'}") == defaults | changed
 
 
 @pytest.mark.parametrize(
@@ -356,8 +361,13 @@ def test_eval_measures_the_held_out_rows_of_a_run(run_folder: Path, capsys: pyte
     log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     best = min(record["eval_loss"] for record in log if "eval_loss" in record)
     assert "4 rows" in printed
-    assert "base model" in printed
-    assert f"{best:.4f}" in printed
+    base, adapted = (row.split("│")[2].strip() for row in printed.splitlines() if "model" in row or "adapter" in row)
+    assert adapted == f"{best:.4f}"
+    assert main(line[:3]) == 0
+    alone = capsys.readouterr().out
+    assert f" {base} " in alone
+    assert "with adapter" not in alone
+    assert float(base) > float(adapted)
 
 
 def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, text: str) -> str:
@@ -419,6 +429,11 @@ def test_merge_saves_a_plain_model_that_answers_like_the_adapter(
     ids = torch.tensor([tokenizer("What comes after 5?")["input_ids"]])
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-4)
     assert transformers.AutoTokenizer.from_pretrained(out).chat_template == CHATML
+    half = tmp_path / "half"
+    assert main([*line[:5], "--out", str(half), "--dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    assert float(printed.split("largest logit difference ")[1].split()[0]) > 1e-4, "one rounding to bfloat16 shows"
+    assert transformers.AutoModelForCausalLM.from_pretrained(half, dtype="auto").dtype == torch.bfloat16
     before = sorted(out.iterdir())
     assert main(line) == 8
     assert "choose a new folder" in capsys.readouterr().err

@@ -272,6 +272,21 @@ def test_without_a_template_a_string_is_continued_and_a_conversation_refused() -
         prompt_ids(bare, "")
 
 
+@pytest.mark.parametrize("template", [None, "plain"])
+def test_a_prompt_is_what_the_training_row_begins_with(build: Build, template: str | None) -> None:
+    chat, asked = ChatTemplate(BPE, template), [{"role": "user", "content": "hello"}]
+    row = chat.encode([*asked, {"role": "assistant", "content": "world"}])[0]
+    prompt = prompt_ids(BPE, "hello", chat)
+    assert row.ids[: len(prompt)] == prompt
+    assert row.labels[len(prompt) - 1] < 0 <= row.labels[len(prompt)]
+    model = build("llama")
+    assert row.ids[-1] in stop_tokens(model, BPE, chat=chat)[0]
+    said = "".join(stream(model, BPE, "hello", max_new_tokens=8, chat_template=template))
+    assert [said] == generate(model, BPE, ["hello"], max_new_tokens=8, chat_template=template)
+    ends = stop_tokens(model, BPE, chat=chat)[0]
+    assert said == plain(BPE, rows(model, [prompt], max_new_tokens=8, stop=ends)[0])
+
+
 def test_an_answer_ends_where_tokenizer_model_template_or_caller_say(build: Build) -> None:
     model = build("llama")
     end_of_text, start, end_of_turn = BPE.convert_tokens_to_ids(SPECIAL)

@@ -80,6 +80,8 @@ def train(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: Trai
     need("train", model=model.model, data=data.data, out=out.out)
     if model.adapter and lora != LoraConfig():
         raise UsageError("an adapter brings its own settings: with --adapter leave the LoRA flags out")
+    import torch
+
     from lorafit.adapter.peft_format import load_lora, save_lora
     from lorafit.app import rows, runs
     from lorafit.lora.inject import add_lora
@@ -90,6 +92,7 @@ def train(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: Trai
     folder = runs.free(Path(out.out))
     examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), training.seed)
     net, _ = load_model(**base(model))
+    torch.manual_seed(training.seed)  # the start of A
     plan = load_lora(net, model.adapter) if model.adapter else add_lora(net, lora)
     console.print(f"{plan}\n{rows.summary(examples, held_out)}")
     runs.start(folder, as_dict(model, lora, data, training, out))
