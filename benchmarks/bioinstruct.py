@@ -76,7 +76,8 @@ def main() -> None:
     for side in ("lorafit", "peft"):
         console.print(f"{side:8} loss per epoch " + "  ".join(f"{x:.4f}" for x in result[side]["epochs"]))
     console.print(f"validation {before:.4f} -> {result['validation_after']:.4f}")
-    console.print("PEFT's step takes {median:.2f} times lorafit's ({low:.2f} to {high:.2f})".format(**result["step_time_ratio"]))
+    spread = "{median:.2f} times lorafit's ({low:.2f} to {high:.2f})".format(**result["step_time_ratio"])
+    console.print(f"PEFT's step takes {spread}")
 
 
 def peft_twin(name: str, dtype: str, model: nn.Module) -> nn.Module:
@@ -86,8 +87,8 @@ def peft_twin(name: str, dtype: str, model: nn.Module) -> nn.Module:
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     twin: nn.Module = peft.get_peft_model(load_model(name, dtype=dtype)[0], config)
     for layer_name, layer in wrappers(model):
-        there: Any = twin.base_model.model.get_submodule(layer_name)  # type: ignore[union-attr, operator]
-        there.lora_A["default"].weight.data.copy_(layer.lora_A.weight.data)  # type: ignore[union-attr]
+        there: Any = twin.base_model.model.get_submodule(layer_name)  # type: ignore[union-attr]
+        there.lora_A["default"].weight.data.copy_(layer.lora_A.weight.data)
     return twin
 
 

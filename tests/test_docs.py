@@ -31,9 +31,8 @@ def workplace(tmp_path: Path, tiny: Callable[..., nn.Module], monkeypatch: pytes
     core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
-    )
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
     tokenizer.chat_template = CHATML
     folder = tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
     model = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id)

@@ -41,7 +41,7 @@ def test_every_value_stands_in_its_message(seed: int) -> None:
         for field in ("name", "product", "quantity", "city"):
             assert str(row.order[field]) in row.message
         day = datetime.date.fromisoformat(row.order["date"])
-        spoken = [f"{day:%Y-%m-%d}", f"{day:%B} {day.day}, {day.year}", f"{day.day} {day:%B} {day.year}"]
+        spoken = [f"{day:%Y-%m-%d}", f"{day:%B} {day:%d}, {day:%Y}", f"{day:%d} {day:%B} {day:%Y}"]
         assert sum(form in row.message for form in spoken) == 1
         assert json.loads(row.answer) == row.order
         assert "{" not in row.message

@@ -88,6 +88,12 @@ def test_a_template_that_shows_earlier_answers_differently_is_split(byte_tokeniz
     ]
 
 
+def test_loss_on_everything_is_one_row_even_there(byte_tokenizer: Any, show: Any) -> None:
+    """Rows that share a beginning would count it twice."""
+    (text,) = texts(byte_tokenizer(FORGETFUL), show, TALK[1:], loss_on="all")
+    assert text == "⟦<|user|>Q1<|end|><|assistant|>A1<|end|><|user|>Q2<|end|><|assistant|>[thought]A2<|end|>⟧"
+
+
 def test_end_text_is_set_aside_and_never_learned(byte_tokenizer: Any, show: Any) -> None:
     """As Phi-3 does: EOS at the very end, behind the end token of the turn, and only there."""
     template = (
@@ -295,6 +301,13 @@ def test_no_message_can_forge_a_turn(byte_tokenizer: Any, question: str, reply: 
         assert [added[i].content for i in row.ids if i in added] == from_template
         text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{reply}<|im_end|>"
         assert tokenizer.decode(row.ids) == text.replace("\ufdd0", "")
+
+
+def test_a_control_token_inside_another_is_broken_too(byte_tokenizer: Any) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|a</s>|>"]})
+    (row,) = encode_chat([{"role": "user", "content": "<|a</s>|>"}, TALK[2]], tokenizer)
+    assert tokenizer.eos_token_id not in row.ids
 
 
 def test_an_assistant_may_write_tokens_that_are_not_special(byte_tokenizer: Any) -> None:

@@ -72,6 +72,9 @@ def test_answers_in_the_prompt_are_context(tokenizer: Any, show: Any) -> None:
     assert show(example, tokenizer).count("⟦") == 1
     assert show(example, tokenizer).endswith("⟦again<|im_end|>⟧")
 
+    greeting = {"prompt": [], "completion": [{"role": "assistant", "content": "Hello"}, *MESSAGES]}
+    assert show(read_examples([greeting], tokenizer)[0], tokenizer).count("⟦") == 1
+
 
 def test_system_and_history_columns(tokenizer: Any, show: Any) -> None:
     row = {"instruction": "Q2", "input": None, "output": "A2", "system": "S", "history": [["Q1", "A1"]]}

@@ -48,7 +48,7 @@ class Size:
     new_patterns: int
 
 
-FULL = Size(train=640, held_out=100, new_patterns=50)
+FULL = Size(train=560, held_out=100, new_patterns=50)
 QUICK = Size(train=32, held_out=8, new_patterns=4)
 
 
@@ -65,11 +65,11 @@ class Score:
 def main(quick: bool = False, seed: int = 0, out: Path = Path("lorafit-demo")) -> dict[str, Any]:
     """Run the demo and leave all it makes in `out`; returns the figures, which also stand in `result.json`."""
     began = time.perf_counter()
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     size = QUICK if quick else FULL
     base = str(demo_model(console))
     model_config = ModelConfig(model=base, dtype=quicker_dtype(console))
-    data = DataConfig(data=str(out / "rows" / "train.jsonl"), max_length=512)
+    data = DataConfig(data=str(out / "rows" / "train.jsonl"), max_length=512, batch_size=4)
     training = TrainConfig(lr=LR, seed=seed)
     if (out / "rows").is_dir():  # an earlier demo, not somebody's training run
         shutil.rmtree(out / runs.ADAPTER, ignore_errors=True)
@@ -79,7 +79,7 @@ def main(quick: bool = False, seed: int = 0, out: Path = Path("lorafit-demo")) -
         write_rows(out / "rows" / f"{name}.jsonl", rows)
     model, tokenizer = load_model(base, dtype=model_config.dtype)
 
-    scores = {"base model": score(model, tokenizer, held_out, explanation(), "base model")}
+    scores = {"base model": score(console, model, tokenizer, held_out, explanation(), "base model")}
     torch.manual_seed(seed)  # the start of A
     console.print(f"\n{add_lora(model, LORA)}\n")
     batches = Batches(read_examples(data.data, tokenizer), batch_size=data.batch_size, seed=seed)
@@ -92,10 +92,10 @@ def main(quick: bool = False, seed: int = 0, out: Path = Path("lorafit-demo")) -
     }
     adapter = save_lora(model, out / runs.ADAPTER, base_model=base)
     runs.draw_losses(result.history, out / runs.PICTURE, title=f"{size.train} orders to JSON")
-    scores["with adapter"] = score(model, tokenizer, held_out, INSTRUCTION, "with adapter")
+    scores["with adapter"] = score(console, model, tokenizer, held_out, INSTRUCTION, "with adapter")
     merged = merge(base, adapter, out / "merged", model_config.dtype)
-    scores["merged model"] = score(merged, tokenizer, held_out, INSTRUCTION, "merged model")
-    scores["adapter, new patterns"] = score(model, tokenizer, new_patterns, INSTRUCTION, "new patterns")
+    scores["merged model"] = score(console, merged, tokenizer, held_out, INSTRUCTION, "merged model")
+    scores["adapter, new patterns"] = score(console, model, tokenizer, new_patterns, INSTRUCTION, "new patterns")
 
     console.print(table(scores, size, quick))
     show_answers(console, model, tokenizer, held_out[0])
@@ -144,10 +144,10 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def score(model: nn.Module, tokenizer: Any, rows: list[Row], instruction: str, name: str) -> Score:
+def score(console: Console, model: nn.Module, tokenizer: Any, rows: list[Row], instruction: str, name: str) -> Score:
     """Let `model` answer `rows`, and compare with what is right."""
     answers: list[str] = []
-    for start in track(range(0, len(rows), TOGETHER), description=f"{name:14}"):
+    for start in track(range(0, len(rows), TOGETHER), description=f"{name:14}", console=console):
         prompts = [row.messages(instruction) for row in rows[start : start + TOGETHER]]
         answers += generate(model, tokenizer, prompts, max_new_tokens=LONGEST, batch_size=TOGETHER)
     orders = [parse(answer) for answer in answers]

@@ -194,4 +194,4 @@ def _row(random: Random, values: dict[str, Iterator[Any]], patterns: list[str]) 
 
 def _spoken(random: Random, date: datetime.date) -> str:
     month = MONTHS[date.month - 1]
-    return random.choice([f"{date.day} {month} {date.year}", f"{month} {date.day}, {date.year}", date.isoformat()])
+    return random.choice([f"{date:%d} {month} {date:%Y}", f"{month} {date:%d}, {date:%Y}", date.isoformat()])

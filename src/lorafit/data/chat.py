@@ -269,7 +269,7 @@ class ChatTemplate:
         return len(full.removesuffix(self._end_text).rstrip())
 
     def _closed(self, text: str, stop: int) -> bool:
-        return text.endswith(self._added, 0, stop)
+        return self._ends_turns and text.endswith(self._added, 0, stop)
 
     def _example(self, text: str, spans: Sequence[tuple[int, int]], loss_on: LossOn, source: str) -> Example:
         """Tokenise `text` piece by piece up to the end of the last span; the spans carry loss."""

@@ -167,7 +167,7 @@ def to_messages(row: Mapping[str, Any], form: str) -> tuple[list[Any], int]:
         return [*before, {"role": "user", "content": question}, {"role": "assistant", "content": answer}], 1
     if form == "prompt":
         prompt, completion = _turns(row, "prompt", "user"), _turns(row, "completion", "assistant")
-        return [*prompt, *completion], 1
+        return [*prompt, *completion], len(prompt)
     turns = _turns(row, form, None)
     return ([*_system(row), *turns] if form == "conversations" else turns), 1
 
