@@ -106,3 +106,26 @@ def test_files_and_functions_stay_short_and_say_what_they_are(module: str) -> No
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno < LONGEST_FUNCTION, f"{module}.{node.name}"
+
+
+def test_the_way_from_train_to_backward_is_under_twenty_lines() -> None:
+    """The lines a call runs through: those of `train` up to `take_step`, and those of that up to `backward`."""
+    functions = {
+        node.name: node
+        for node in ast.parse((ROOT / "training/loop.py").read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert lines_until(functions["train"], "take_step") + lines_until(functions["take_step"], "backward") < 20
+
+
+def lines_until(function: ast.FunctionDef, call: str) -> int:
+    """How many lines of `function` hold code, from behind its docstring to the one that calls `call`."""
+    body = function.body[1:]
+    found = next(
+        node.lineno
+        for statement in body
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == call
+    )
+    lines = {node.lineno for statement in body for node in ast.walk(statement) if hasattr(node, "lineno")}
+    return len([line for line in lines if line <= found])

@@ -33,7 +33,7 @@ def pairs(examples: Any) -> list[Any]:
 
 MESSAGES = [{"role": "user", "content": "Do it\nnow"}, {"role": "assistant", "content": "done"}]
 SAME = {
-    "alpaca": {"instruction": " Do it ", "input": "now ", "output": "done"},
+    "alpaca": {"instruction": " Do it ", "input": "now ", "output": "done\n"},
     "prompt and completion": {"prompt": "Do it\nnow", "completion": "done"},
     "prompt and completion as messages": {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
     "prompt as messages": {"prompt": MESSAGES[:1], "completion": "done"},
@@ -194,6 +194,13 @@ def test_csv_keeps_text_as_it_is(tmp_path: Path, tokenizer: Any, show: Any) -> N
 )
 def test_names_with_split_and_slice(data: str, parts: tuple[str, str, str]) -> None:
     assert parse_name(data) == parts
+
+
+def test_a_folder_whose_own_name_has_a_colon(tmp_path: Path) -> None:
+    folder = tmp_path / "rows:train"
+    assert parse_name(str(folder)) == (str(tmp_path / "rows"), "train", "")
+    folder.mkdir()
+    assert parse_name(str(folder)) == (str(folder), "", "")
 
 
 @given(start=st.one_of(st.none(), st.integers(-12, 12)), stop=st.one_of(st.none(), st.integers(-12, 12)))

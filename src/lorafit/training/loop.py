@@ -107,9 +107,8 @@ def take_step(
     total = torch.zeros((), dtype=torch.float64)
     for number, batch in enumerate(window):
         torch.manual_seed(hash((config.seed, step, number)) % 2**63)  # dropout is a function of (seed, step, pass)
-        batch = batch.to(device)
         with row_attention(model, batch):
-            loss = passes.loss(model, batch, max(tokens, 1))
+            loss = passes.loss(model, batch.to(device), max(tokens, 1))
             loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach().cpu()
     norm = _clip(optimizer, config.max_grad_norm)
