@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lorafit.adapter.peft_format import save_lora
 from lorafit.config import LoraConfig, ModelConfig
-from lorafit.errors import LorafitError, ModelError, UsageError
+from lorafit.errors import DiskError, LorafitError, ModelError, UsageError
 from lorafit.lora.inject import add_lora
 from lorafit.model import load
 from lorafit.model.load import load_model, load_skeleton, load_tokenizer, resolve_device, resolve_dtype
@@ -65,6 +65,16 @@ def test_folder_gives_the_same_model(
     assert torch.equal(logits(model), logits(tiny("llama")))
     assert not model.training
     assert words("w5 w6").input_ids == [WORDS.index("w5"), WORDS.index("w6")]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_saved_model_comes_back(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model, words = load_model(folder, dtype="float32")
+    load.save_model(model, words, tmp_path / "copy")
+    again, _ = load_model(tmp_path / "copy", dtype="float32")
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(DiskError):
+        load.save_model(model, words, tmp_path / "copy", replaces=())
     assert capfd.readouterr() == ("", "")
 
 

@@ -1,8 +1,8 @@
 """The demo: in a few minutes, on this machine, a small chat model learns to turn a message into JSON.
 
 It goes the way of any fine-tuning: see what the base model can do, adapt it, train it, measure it on rows it has
-not seen, merge it, measure again. The base model is told the fields and given an example; the trained one is only
-told `INSTRUCTION`: what it gains over the base is what it learned.
+not seen, merge it, measure again. The base model is told the fields and shown an example; the trained one is told
+`INSTRUCTION` alone: what it gains over the base is what it learned.
 """
 
 import json
@@ -22,21 +22,21 @@ from torch import nn
 
 from lorafit.adapter.peft_format import save_lora
 from lorafit.app import runs
-from lorafit.app.demo_data import INSTRUCTION, Row, explanation, make_rows
+from lorafit.app.demo_data import INSTRUCTION, OPENING, Messages, Row, explained, make_rows
 from lorafit.app.demo_model import demo_model
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict
 from lorafit.data.batches import Batches
 from lorafit.data.read import read_examples
-from lorafit.files import new_folder, write_json, write_text
+from lorafit.files import write_json, write_text
 from lorafit.lora.inject import add_lora, lora_disabled, merge_lora
 from lorafit.model.generate import generate, stream
-from lorafit.model.load import load_model, resolve_device, resolve_dtype
+from lorafit.model.load import load_model, resolve_device, resolve_dtype, save_model
 from lorafit.training.loop import count_steps, evaluate, train
 
 LORA = LoraConfig(r=16, alpha=32)
 LR = 1e-3
 LONGEST = 64  # tokens of an answer; an order takes about 50
-TOGETHER = 25  # rows answered at once
+TOGETHER = 50  # rows answered at once
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Size:
     new_patterns: int
 
 
-FULL = Size(train=560, held_out=100, new_patterns=50)
+FULL = Size(train=320, held_out=100, new_patterns=50)
 QUICK = Size(train=32, held_out=8, new_patterns=4)
 
 
@@ -79,7 +79,7 @@ def main(quick: bool = False, seed: int = 0, out: Path = Path("lorafit-demo")) -
         write_rows(out / "rows" / f"{name}.jsonl", rows)
     model, tokenizer = load_model(base, dtype=model_config.dtype)
 
-    scores = {"base model": score(console, model, tokenizer, held_out, explanation(), "base model")}
+    scores = {"base model": score(console, model, tokenizer, held_out, explained(), "base model")}
     torch.manual_seed(seed)  # the start of A
     console.print(f"\n{add_lora(model, LORA)}\n")
     batches = Batches(read_examples(data.data, tokenizer), batch_size=data.batch_size, seed=seed)
@@ -92,10 +92,10 @@ def main(quick: bool = False, seed: int = 0, out: Path = Path("lorafit-demo")) -
     }
     adapter = save_lora(model, out / runs.ADAPTER, base_model=base)
     runs.draw_losses(result.history, out / runs.PICTURE, title=f"{size.train} orders to JSON")
-    scores["with adapter"] = score(console, model, tokenizer, held_out, INSTRUCTION, "with adapter")
+    scores["with adapter"] = score(console, model, tokenizer, held_out, OPENING, "with adapter")
     merged = merge(base, adapter, out / "merged", model_config.dtype)
-    scores["merged model"] = score(console, merged, tokenizer, held_out, INSTRUCTION, "merged model")
-    scores["adapter, new patterns"] = score(console, model, tokenizer, new_patterns, INSTRUCTION, "new patterns")
+    scores["merged model"] = score(console, merged, tokenizer, held_out, OPENING, "merged model")
+    scores["adapter, new patterns"] = score(console, model, tokenizer, new_patterns, OPENING, "new patterns")
 
     console.print(table(scores, size, quick))
     show_answers(console, model, tokenizer, held_out[0])
@@ -144,14 +144,15 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def score(console: Console, model: nn.Module, tokenizer: Any, rows: list[Row], instruction: str, name: str) -> Score:
+def score(console: Console, model: nn.Module, tokenizer: Any, rows: list[Row], opening: Messages, name: str) -> Score:
     """Let `model` answer `rows`, and compare with what is right."""
     answers: list[str] = []
     for start in track(range(0, len(rows), TOGETHER), description=f"{name:14}", console=console):
-        prompts = [row.messages(instruction) for row in rows[start : start + TOGETHER]]
+        prompts = [row.messages(opening) for row in rows[start : start + TOGETHER]]
         answers += generate(model, tokenizer, prompts, max_new_tokens=LONGEST, batch_size=TOGETHER)
     orders = [parse(answer) for answer in answers]
-    examples = read_examples([{"messages": row.conversation(instruction)} for row in rows], tokenizer)
+    conversations = [{"messages": row.conversation(opening)} for row in rows]
+    examples = read_examples(conversations, tokenizer, loss_on="last")
     return Score(
         rows=len(rows),
         valid=sum(order is not None for order in orders),
@@ -171,12 +172,8 @@ def parse(answer: str) -> dict[str, Any] | None:
 
 def merge(base: str, adapter: Path, folder: Path, dtype: str) -> nn.Module:
     """Save base and adapter as one plain model folder; returns the model read back from it."""
-    with new_folder(folder) as temporary:
-        model: Any
-        model, tokenizer = load_model(base, dtype=dtype, adapter=adapter)
-        merge_lora(model)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    model, tokenizer = load_model(base, dtype=dtype, adapter=adapter)
+    save_model(merge_lora(model), tokenizer, folder)
     return load_model(folder, dtype=dtype)[0]
 
 
@@ -209,7 +206,7 @@ def show_answers(console: Console, model: nn.Module, tokenizer: Any, row: Row) -
 
     with Live(panels(), console=console) as live:
         with lora_disabled(model):
-            for piece in stream(model, tokenizer, row.messages(explanation()), max_new_tokens=LONGEST):
+            for piece in stream(model, tokenizer, row.messages(explained()), max_new_tokens=LONGEST):
                 said["base model"] += piece
                 live.update(panels())
         for piece in stream(model, tokenizer, row.messages(), max_new_tokens=LONGEST):

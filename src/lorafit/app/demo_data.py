@@ -20,7 +20,15 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.strip().splitlines()]
 
 
+Messages = list[dict[str, str]]
+
 INSTRUCTION = "Write the order as JSON."
+OPENING: Messages = [{"role": "system", "content": INSTRUCTION}]
+SCHEMA = (
+    "Extract the order from the message. Answer with one JSON object and nothing else. Its fields are "
+    '"name" (string, the customer), "product" (string), "quantity" (integer), "city" (string) and "date" '
+    "(string, YYYY-MM-DD)."
+)
 
 MONTHS = _words("""
     January February March April May June July August September October November December
@@ -132,13 +140,13 @@ class Row:
     def answer(self) -> str:
         return json.dumps(self.order, ensure_ascii=False)
 
-    def messages(self, instruction: str = INSTRUCTION) -> list[dict[str, str]]:
+    def messages(self, opening: Messages = OPENING) -> Messages:
         """What the model reads."""
-        return [{"role": "system", "content": instruction}, {"role": "user", "content": self.message}]
+        return [*opening, {"role": "user", "content": self.message}]
 
-    def conversation(self, instruction: str = INSTRUCTION) -> list[dict[str, str]]:
+    def conversation(self, opening: Messages = OPENING) -> Messages:
         """The same with the right answer."""
-        return [*self.messages(instruction), {"role": "assistant", "content": self.answer}]
+        return [*self.messages(opening), {"role": "assistant", "content": self.answer}]
 
 
 def make_rows(seed: int, train: int, held_out: int = 100, new_patterns: int = 50) -> tuple[list[Row], ...]:
@@ -157,14 +165,10 @@ def make_rows(seed: int, train: int, held_out: int = 100, new_patterns: int = 50
     )
 
 
-def explanation() -> str:
-    """The task in words with one example: what a model that was not trained for it needs to be told."""
-    example = _row(Random(0), {field: iter(pool[50:]) for field, pool in _all_values().items()}, PATTERNS)
-    return (
-        "Extract the order from the message. Answer with one JSON object and nothing else. Its fields are "
-        '"name" (string, the customer), "product" (string), "quantity" (integer), "city" (string) and "date" '
-        f"(string, YYYY-MM-DD).\n\nExample message: {example.message}\nExample answer: {example.answer}"
-    )
+def explained() -> Messages:
+    """The opening for a model that was not trained: the fields in words, and one example."""
+    values = {field: iter(pool[50:]) for field, pool in _all_values().items()}
+    return _row(Random(0), values, PATTERNS).conversation([{"role": "system", "content": SCHEMA}])
 
 
 def _all_values() -> dict[str, list[Any]]:

