@@ -142,7 +142,7 @@ def test_quick_demo_runs_through_where_an_earlier_one_has_been(
     figures = demo.main(quick=True, seed=1, out=out)
     shown = capsys.readouterr().out
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in log] == [0, 1]
+    assert [record["step"] for record in log] == [0, 1, 2, 3]
     assert {p.name for p in out.iterdir()} >= {"adapter", "merged", "log.jsonl", "loss.png", "config.yaml", "rows"}
     assert figures == json.loads((out / "result.json").read_text())
     scores = figures["scores"]
