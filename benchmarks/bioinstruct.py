@@ -162,7 +162,7 @@ def draw(result: dict[str, Any], rows: int) -> None:
     axes.set(
         xlabel="optimizer step",
         ylabel="loss per supervised token",
-        title=f"BioInstruct, {rows} rows × 3 epochs, {result['model']}, r = {RANK} (dotted: mean of each epoch)",
+        title=f"BioInstruct, {rows} rows × 3 epochs, {result['model']}, r = {RANK}\n(dotted: mean of each epoch)",
     )
     axes.grid(alpha=0.3)
     axes.legend()
