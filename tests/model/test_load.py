@@ -232,7 +232,7 @@ def test_loading_leaves_the_settings_of_transformers_alone(folder: Path) -> None
     assert logging.is_progress_bar_enabled() == before[1]
 
 
-@pytest.mark.skipif(not hasattr(transformers, "GgufConfig"), reason="needs transformers 5.23")
+@pytest.mark.skipif(transformers.__version__ < "5.23", reason="older ones guess the tokens of a GGUF file")
 def test_gguf_is_the_model_it_was_made_from(tiny: Callable[..., nn.Module], tmp_path: Path) -> None:
     model: Any = tiny("llama", tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     write_gguf(model, tmp_path / "tiny.gguf")
