@@ -25,7 +25,7 @@ from lorafit.app.demo_model import demo_model
 from lorafit.data.batches import collate
 from lorafit.files import write_json
 from lorafit.lora.inject import wrappers
-from lorafit.training.loop import plan_passes, take_step
+from lorafit.training.loop import Result, plan_passes, take_step
 from lorafit.training.optim import lr_at, make_optimizer
 
 RESULTS = Path(__file__).parent / "results"
@@ -132,12 +132,10 @@ def peft_step(twin: nn.Module, batches: Batches, optimizer: Any, trained: Any, s
 
 
 def per_epoch(side: dict[str, Any], batches: Batches) -> list[float]:
-    """Mean loss per supervised token of each epoch."""
-    size, means = batches.steps_per_epoch, []
-    for start in range(0, len(side["losses"]), size):
-        losses, tokens = side["losses"][start : start + size], side["tokens"][start : start + size]
-        means.append(sum(a * b for a, b in zip(losses, tokens, strict=True)) / sum(tokens))
-    return means
+    """Mean loss per supervised token of each epoch, as `train` reports it."""
+    steps = enumerate(zip(side["losses"], side["tokens"], strict=True))
+    history = [{"epoch": i // batches.steps_per_epoch, "loss": loss, "tokens": n} for i, (loss, n) in steps]
+    return Result(history).epoch_losses
 
 
 def ratio(a: list[float], b: list[float]) -> dict[str, float]:

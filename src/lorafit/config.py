@@ -94,10 +94,6 @@ class LoraConfig:
             if rank != int(rank):
                 raise UsageError(f"a rank must be a whole number, not {rank!r}")
 
-    def scale(self, r: int, alpha: float) -> float:
-        """The factor s in y = Wx + s·B·A·x for a layer of rank `r`."""
-        return alpha / r**0.5 if self.rslora else alpha / r
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

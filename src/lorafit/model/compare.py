@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafit.model.generate import Conversation, evaluating, next_ids, prompt_ids
+from lorafit.model.generate import Conversation, next_ids, prompt_ids
+from lorafit.training.modes import evaluating
 
 PROMPTS = (
     "What is the capital of France?",

@@ -11,7 +11,6 @@ A model that returns no KV cache (Mamba, RWKV) is fed the whole prefix for every
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from lorafit.data.chat import ChatTemplate, encode_text
 from lorafit.errors import ModelError, UsageError
+from lorafit.training.modes import evaluating
 
 Conversation = str | Sequence[Mapping[str, Any]]
 """One user turn, or a list of messages `{"role": ..., "content": ...}`."""
@@ -292,16 +292,3 @@ def _rooms(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[int]:
                 "included: shorten the conversation"
             )
     return [context - len(prompt) for prompt in prompts]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off; afterwards every module is back in the mode it was in, one by one."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

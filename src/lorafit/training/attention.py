@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from lorafit.data.batches import Batch, collate
 from lorafit.data.chat import Example
+from lorafit.training.modes import evaluating
 
 NAME = "lorafit_rows"
 # Keywords that models hand through to the attention function and that do not change what it computes here: there is
@@ -129,17 +130,14 @@ def packs_exactly(model: nn.Module) -> bool:
         return False
     rows = _probe_rows(model)
     device = next(model.parameters()).device
-    mode = model.training
-    model.eval()
     try:
-        packed = collate(rows, packed=True).to(device)
-        with row_attention(model, packed):
-            together = torch.split(_logits(model, packed), list(packed.lengths), dim=1)
-        alone = [_logits(model, collate([row], packed=False).to(device)) for row in rows]
+        with evaluating(model):
+            packed = collate(rows, packed=True).to(device)
+            with row_attention(model, packed):
+                together = torch.split(_logits(model, packed), list(packed.lengths), dim=1)
+            alone = [_logits(model, collate([row], packed=False).to(device)) for row in rows]
     except (CannotPack, TypeError, ValueError, RuntimeError):
         return False
-    finally:
-        model.train(mode)
     return all(_close(a, b) for a, b in zip(together, alone, strict=True))
 
 

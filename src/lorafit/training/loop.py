@@ -19,6 +19,7 @@ from lorafit.data.batches import Batch, Batches
 from lorafit.errors import NumericError, listing
 from lorafit.training.attention import packs_exactly, row_attention
 from lorafit.training.loss import Head, find_head, summed_loss
+from lorafit.training.modes import evaluating
 from lorafit.training.optim import lr_at, make_optimizer
 
 Record = dict[str, Any]
@@ -143,7 +144,7 @@ def evaluate(model: nn.Module, batches: Batches, *, passes: Passes | None = None
     passes = passes or plan_passes(model, batches)
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
-    with _mode(model, training=False):
+    with evaluating(model):
         for step in range(batches.steps_per_epoch):
             for batch in batches.window(step, packed=passes.packed):
                 with row_attention(model, batch):
@@ -218,16 +219,6 @@ def _training(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             model.eval()
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    before = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(before)
 
 
 def memory_mb(device: torch.device) -> float:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorafit.data.batches import Batch
+from lorafit.training.modes import evaluating
 
 # fp32 logits of one chunk of rows; large enough that the head's weight is read once or twice per pass.
 CHUNK_BYTES = 256 * 2**20
@@ -125,11 +126,10 @@ def find_head(model: nn.Module) -> Head | None:
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     device = next(model.parameters()).device
     ids = torch.arange(1, 9, device=device)[None] % config.vocab_size
-    mode = model.training
-    model.eval()
     try:
-        expected = model(input_ids=ids, use_cache=False).logits
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        with evaluating(model):
+            expected = model(input_ids=ids, use_cache=False).logits
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
         tolerance = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 1e-2
         for head in (Head(decoder, output, scale, cap) for scale in _scales(config) for cap in _caps(config)):
             logits = head.logits(hidden)
@@ -137,8 +137,6 @@ def find_head(model: nn.Module) -> Head | None:
                 return head
     except (TypeError, ValueError, AttributeError, RuntimeError):
         return None
-    finally:
-        model.train(mode)
     return None
 
 
