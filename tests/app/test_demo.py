@@ -133,9 +133,8 @@ def test_every_answer_fits(folder: Path) -> None:
 
 
 def test_quick_demo_runs_through_where_an_earlier_one_has_been(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "QUICK", demo.Size(train=16, held_out=4, new_patterns=2))
     out = tmp_path / "demo"
     for left in ("adapter", "merged", "rows"):
         (out / left).mkdir(parents=True)

@@ -49,7 +49,7 @@ class Size:
 
 
 FULL = Size(train=320, held_out=100, new_patterns=50)
-QUICK = Size(train=32, held_out=8, new_patterns=4)
+QUICK = Size(train=16, held_out=4, new_patterns=0)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def main(quick: bool = False, seed: int = 0, out: Path = Path("lorafit-demo")) -
     scores["with adapter"] = score(console, model, tokenizer, held_out, OPENING, "with adapter")
     merged = merge(base, adapter, out / "merged", model_config.dtype)
     scores["merged model"] = score(console, merged, tokenizer, held_out, OPENING, "merged model")
-    scores["adapter, new patterns"] = score(console, model, tokenizer, new_patterns, OPENING, "new patterns")
+    if new_patterns:
+        scores["adapter, new patterns"] = score(console, model, tokenizer, new_patterns, OPENING, "new patterns")
 
     console.print(table(scores, size, quick))
     show_answers(console, model, tokenizer, held_out[0])
@@ -140,8 +141,8 @@ def quicker_dtype(console: Console) -> Literal["auto", "float32"]:
 
 def write_rows(path: Path, rows: list[Row]) -> None:
     """A file that `lorafit train` and `lorafit eval` read too."""
-    lines = [json.dumps({"messages": row.conversation()}, ensure_ascii=False) for row in rows]
-    write_text(path, "\n".join(lines) + "\n")
+    lines = [json.dumps({"messages": row.conversation()}, ensure_ascii=False) + "\n" for row in rows]
+    write_text(path, "".join(lines))
 
 
 def score(console: Console, model: nn.Module, tokenizer: Any, rows: list[Row], opening: Messages, name: str) -> Score:
