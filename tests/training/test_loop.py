@@ -236,3 +236,18 @@ def test_gradient_checkpointing_gives_the_same_run(tiny: Tiny, examples: Any) ->
 def test_every_cut_is_tried() -> None:
     """A guard for this file: the cuts differ from each other on uneven rows."""
     assert all(a != b for a, b in itertools.combinations(CUTS.values(), 2))
+
+
+def test_looking_at_a_model_in_training_is_without_dropout_and_leaves_every_mode(tiny: Tiny, examples: Any) -> None:
+    """Evaluation, and the two trials before training: in training mode with dropout as in evaluation mode."""
+    model = adapted(tiny, "llama", torch.float32, LoraConfig(r=4, alpha=64, dropout=0.9, init="gaussian_both"))
+    batches = Batches(examples(8), 8)
+    passes, loss = plan_passes(model, batches), evaluate(model, batches)
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert plan_passes(model, batches) == passes
+    assert passes.packed
+    assert passes.head is not None
+    assert evaluate(model, batches) == loss
+    assert [module.training for module in model.modules()] == modes
