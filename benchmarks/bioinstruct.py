@@ -25,8 +25,9 @@ from lorafit.app.demo_model import demo_model
 from lorafit.data.batches import collate
 from lorafit.files import write_json
 from lorafit.lora.inject import wrappers
-from lorafit.training.loop import Result, plan_passes, take_step
-from lorafit.training.optim import lr_at, make_optimizer
+from lorafit.training.loop import begin, take_step
+from lorafit.training.optim import lr_at
+from lorafit.training.run import Record, Result
 
 RESULTS = Path(__file__).parent / "results"
 CONFIG = TrainConfig(lr=5e-4, epochs=3, schedule="constant", warmup=0, seed=0)
@@ -95,14 +96,15 @@ def peft_twin(name: str, dtype: str, model: nn.Module) -> nn.Module:
 def run(model: nn.Module, twin: nn.Module, batches: Batches, console: Console) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both, a step each in turn: the loss and seconds of every step, and the supervised tokens."""
     steps = int(CONFIG.epochs * batches.steps_per_epoch)
-    passes, optimizer = plan_passes(model, batches), make_optimizer(model, CONFIG)
+    mine = begin(model, batches, CONFIG)
     trained = [p for p in twin.parameters() if p.requires_grad]
     twin_optimizer = torch.optim.AdamW(trained, lr=CONFIG.lr, weight_decay=0.0)
     model.train(), twin.train()
     ours: dict[str, Any] = {"losses": [], "seconds": [], "tokens": []}
     theirs: dict[str, Any] = {"losses": [], "seconds": [], "tokens": []}
     for step in range(steps):
-        record = take_step(model, batches, passes, optimizer, CONFIG, step, steps)
+        mine.pending = take_step(mine)
+        record = mine.complete()
         ours["losses"].append(record["loss"])
         ours["tokens"].append(record["tokens"])
         ours["seconds"].append(record["tokens"] / record["tokens_per_second"])
@@ -134,7 +136,9 @@ def peft_step(twin: nn.Module, batches: Batches, optimizer: Any, trained: Any, s
 def per_epoch(side: dict[str, Any], batches: Batches) -> list[float]:
     """Mean loss per supervised token of each epoch, as `train` reports it."""
     steps = enumerate(zip(side["losses"], side["tokens"], strict=True))
-    history = [{"epoch": i // batches.steps_per_epoch, "loss": loss, "tokens": n} for i, (loss, n) in steps]
+    history: list[Record] = [
+        {"epoch": i // batches.steps_per_epoch, "loss": loss, "tokens": n} for i, (loss, n) in steps
+    ]
     return Result(history).epoch_losses
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from lorafit.errors import DataError, DiskError
-from lorafit.files import append_line, new_folder, write_json, write_text
+from lorafit.files import MANIFEST, SYSTEM, append_line, new_folder, write_json, write_text
 
 
 def tree(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): p.read_text() if p.is_file() else "/" for p in folder.rglob("*")}
+    """Everything in `folder` but the manifests."""
+    paths = [p for p in folder.rglob("*") if p.name != MANIFEST]
+    return {str(p.relative_to(folder)): p.read_text() if p.is_file() else "/" for p in paths}
 
 
 def test_a_new_folder_with_its_parents(tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(SYSTEM, "fsync", full)
     with (
         pytest.raises(DiskError, match=r"run: cannot be written: No space left on device$"),
         new_folder(tmp_path / "run") as folder,

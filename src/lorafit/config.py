@@ -154,9 +154,15 @@ class TrainConfig:
     eval_every: int | None = knob(None, "evaluate every so many steps; none: once an epoch")
     patience: int | None = knob(None, "stop when this many evaluations in a row brought no better loss")
     keep_best: bool = knob(True, "end with the weights of the best evaluation instead of the last step's")
+    save_every: float = knob(300.0, "seconds between two checkpoints; 0: one after every step")
+    keep_checkpoints: int = knob(2, "how many of the newest checkpoints are kept")
+    max_bad_steps: int = knob(3, "stop at this many steps in a row whose loss or gradient is not finite")
 
     def __post_init__(self) -> None:
         _positive(self, "lr", "epochs", "steps", "eps", "max_grad_norm", "eval_every", "patience")
+        _positive(self, "keep_checkpoints", "max_bad_steps")
+        if not (_is_number(self.save_every) and self.save_every >= 0):
+            raise UsageError(f"save_every must not be negative, not {self.save_every!r}")
         if self.warmup < 0 or self.weight_decay < 0:
             raise UsageError("warmup and weight_decay must not be negative")
         object.__setattr__(self, "betas", tuple(self.betas))

@@ -1,114 +1,31 @@
 """The only writer: a folder appears whole, or not at all.
 
-Everything is written under a temporary name beside its final place, forced to disk, and moved there in one
-step. A reader that comes at any moment, or after a crash, finds the old folder or the new one.
+Everything is written under a temporary name beside its final place, forced to disk, sealed with a manifest (the size
+and sha256 of every file) and moved there in one step. A reader that comes at any moment, or after a crash, finds the
+old folder or the new one; `damaged` says whether what it finds is still what was written.
+
+Every call that changes the disk is in the table `SYSTEM`, so that a test can let any one of them fail, or be the last.
 """
 
 import ctypes
 import errno
+import fcntl
+import hashlib
 import json
 import os
+import platform
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from lorafit.errors import DiskError, listing
+from lorafit.errors import BusyError, DiskError, listing
 
-
-@contextmanager
-def new_folder(path: str | Path, replaces: Iterable[str] | None = None) -> Iterator[Path]:
-    """Yields an empty temporary folder that becomes `path` when the block ends without an error.
-
-    An existing `path` is exchanged for the new folder only if it is empty or holds nothing but files matching
-    the patterns in `replaces` (None: whatever it holds); otherwise DiskError, and nothing is lost.
-    """
-    target = Path(path).expanduser().resolve()
-    _check_replaceable(target, replaces)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        _settle(temporary)
-        _move(temporary, target)
-    except DiskError:
-        raise
-    except OSError as error:
-        raise DiskError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a small text file whole, or leave the old one."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        os.replace(temporary, target)
-        _sync(target.parent)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise DiskError(f"{target}: cannot be written: {error.strerror or error}") from error
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def append_line(path: str | Path, value: Any) -> None:
-    """Append `value` as one line of JSON, in a single write."""
-    line = json.dumps(value, ensure_ascii=False) + "\n"
-    try:
-        with open(path, "ab", buffering=0) as file:
-            file.write(line.encode())
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def _check_replaceable(target: Path, replaces: Iterable[str] | None) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise DiskError(f"{target} is a file: choose another folder to write to")
-    if replaces is None:
-        return
-    patterns = tuple(replaces)
-    foreign = sorted(p.name for p in target.iterdir() if not any(p.match(pattern) for pattern in patterns))
-    if foreign:
-        raise DiskError(f"{target} holds other files ({listing(foreign, 3)}): choose a new folder, nothing was written")
-
-
-def _settle(folder: Path) -> None:
-    """Modes as the umask says (safetensors leaves 0600), every byte on disk."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in [*folder.rglob("*"), folder]:
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _move(source: Path, target: Path) -> None:
-    if target.exists():
-        _exchange(source, target)  # the old folder now has the temporary name, and is removed with it
-    else:
-        os.rename(source, target)
-    _sync(target.parent)
+MANIFEST = "manifest.json"
+LOCK = ".lorafit-lock"
+_TEMPORARY = ".lorafit-tmp-"
 
 
 def _exchange(a: Path, b: Path) -> None:
@@ -118,3 +35,348 @@ def _exchange(a: Path, b: Path) -> None:
     if call is None or call(here, os.fsencode(a), here, os.fsencode(b), exchange) != 0:
         code = ctypes.get_errno() or errno.ENOSYS
         raise OSError(code, f"this system cannot replace a folder in one step ({os.strerror(code)}): choose a new name")
+
+
+SYSTEM = SimpleNamespace(
+    mkdir=os.mkdir,
+    open=os.open,
+    write=os.write,
+    truncate=os.truncate,
+    chmod=os.chmod,
+    fsync=os.fsync,
+    rename=os.rename,
+    exchange=_exchange,
+    unlink=os.unlink,
+    rmdir=os.rmdir,
+)
+
+
+# --- folders ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_folder(
+    path: str | Path, replaces: Iterable[str] | None = None, about: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
+    """Yields an empty temporary folder that becomes `path` when the block ends without an error.
+
+    An existing `path` is exchanged for the new folder only if it is empty or holds nothing but files matching
+    the patterns in `replaces` (None: whatever it holds); otherwise DiskError, and nothing is lost. `about` is
+    written into the manifest.
+    """
+    target = Path(path).expanduser().resolve()
+    _check_replaceable(target, replaces)
+    temporary = target.with_name(f".{target.name}{_TEMPORARY}{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
+        SYSTEM.mkdir(temporary)
+        with _claimed(temporary):
+            yield temporary
+            _seal(temporary, about or {})
+            _move(temporary, target)
+    except DiskError:
+        raise
+    except OSError as error:
+        raise DiskError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            _remove(temporary)
+
+
+def remove_folder(path: Path) -> None:
+    """Take a folder away in one step, then delete it: what is left after a crash is not found under its name."""
+    gone = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}-old")
+    try:
+        SYSTEM.rename(path, gone)
+        _sync(path.parent)
+        _remove(gone)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be removed: {error.strerror or error}") from error
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """What `new_folder` wrote about `folder`; None if there is no manifest, or not one bit for bit."""
+    try:
+        raw = (Path(folder) / MANIFEST).read_bytes()
+        manifest = json.loads(raw)
+        unsealed = {name: value for name, value in manifest.items() if name != "seal"}
+        return manifest if raw == _json(_sealed(unsealed)) else None
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return None
+
+
+def damaged(folder: str | Path, names: Iterable[str] | None = None) -> list[str]:
+    """A sentence for each file of `names` (None: all that the manifest lists) that is not what was written.
+
+    A folder without a manifest file is nobody's promise: nothing in it can be called damaged.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        return []
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return [f"{MANIFEST} is damaged"]
+    entries = manifest["files"]
+    problems = []
+    for name in sorted(entries if names is None else names):
+        file, entry = folder / name, entries.get(name)
+        if entry is None:
+            problems.append(f"{name} is not in {MANIFEST}")
+        elif not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != entry.get("size"):
+            problems.append(f"{name} has {file.stat().st_size} bytes instead of {entry.get('size')}")
+        elif _sha256(file) != entry.get("sha256"):
+            problems.append(f"{name} is not what was written (its sha256 differs)")
+    return problems
+
+
+def _check_replaceable(target: Path, replaces: Iterable[str] | None) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise DiskError(f"{target} is a file: choose another folder to write to")
+    if replaces is None:
+        return
+    patterns = (*replaces, MANIFEST)
+    foreign = sorted(p.name for p in target.iterdir() if not any(p.match(pattern) for pattern in patterns))
+    if foreign:
+        raise DiskError(f"{target} holds other files ({listing(foreign, 3)}): choose a new folder, nothing was written")
+
+
+def _seal(folder: Path, about: Mapping[str, Any]) -> None:
+    """Modes as the umask says (safetensors leaves 0600), every byte on disk, and last the manifest."""
+    umask = os.umask(0)
+    os.umask(umask)
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        SYSTEM.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)
+        _sync(path)
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    _write(folder / MANIFEST, _json(_sealed({**about, "files": files})))
+    SYSTEM.chmod(folder, 0o777 & ~umask)
+    _sync(folder)
+
+
+def _move(source: Path, target: Path) -> None:
+    if target.exists():
+        SYSTEM.exchange(source, target)  # the old folder now has the temporary name, and is removed with it
+    else:
+        SYSTEM.rename(source, target)
+    _sync(target.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder; one that is not there is deleted already."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            _remove(path)
+        else:
+            SYSTEM.unlink(path)
+    SYSTEM.rmdir(folder)
+
+
+def _sweep(parent: Path) -> None:
+    """Delete what processes left here that died while they wrote: their claim on it died with them."""
+    for left in parent.glob(f".*{_TEMPORARY}*"):
+        with suppress(OSError), _claimed(left):
+            _remove(left)
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Hold a temporary folder, so that no other process sweeps it away; BlockingIOError if another one holds it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file whole, or leave the old one."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}{_TEMPORARY}{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write(temporary, data)
+        SYSTEM.rename(temporary, target)
+        _sync(target.parent)
+    except OSError as error:
+        with suppress(OSError):
+            SYSTEM.unlink(temporary)
+        raise DiskError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole, or leave the old one."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys."""
+    write_bytes(path, _json(value))
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Any], about: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; `about` becomes its metadata. The same tensors give the same bytes.
+
+    (safetensors itself writes the metadata in an order that changes from call to call.)
+    """
+    from safetensors.torch import save
+
+    raw = save(dict(tensors))
+    length = int.from_bytes(raw[:8], "little")
+    metadata = {"format": "pt", **dict(sorted((about or {}).items()))}
+    header = json.dumps({"__metadata__": metadata, **json.loads(raw[8 : 8 + length])}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    write_bytes(path, len(header).to_bytes(8, "little") + header + raw[8 + length :])
+
+
+def append_line(path: str | Path, value: Any) -> None:
+    """Append `value` as one line of JSON: a whole line, or nothing."""
+    line = (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    try:
+        handle = SYSTEM.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            size = os.fstat(handle).st_size
+            try:
+                _write_all(handle, line)
+            except OSError:
+                SYSTEM.truncate(handle, size)
+                raise
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def need_space(folder: Path, needed: int) -> None:
+    """DiskError if `folder`, or where it will be, has less than `needed` bytes left."""
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
+    left = shutil.disk_usage(there).free
+    if left < needed:
+        raise DiskError(
+            f"{folder}: {needed / 2**20:,.0f} MiB are needed and {left / 2**20:,.0f} MiB are free: make room there, "
+            "or write to another disk"
+        )
+
+
+def _sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {**manifest, "seal": hashlib.sha256(_json(manifest)).hexdigest()}
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A new file at `path`, forced to disk."""
+    handle = SYSTEM.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        _write_all(handle, data)
+        SYSTEM.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[SYSTEM.write(handle, rest) :]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        SYSTEM.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- one process at a time --------------------------------------------------------------------------
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process, or BusyError. The lock of a process that is gone is taken over.
+
+    The system drops its part of the lock (flock) with the process. What stands in the file names the holder, and
+    decides where the system cannot: on a shared disk, for a run on another machine.
+    """
+    file, made = folder / LOCK, not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _take(file)
+        owner, me = _owner(file), {"pid": os.getpid(), "host": platform.node(), "boot": _boot()}
+        if owner and owner.get("boot") != me["boot"] and owner.get("host") != me["host"]:
+            os.close(handle)
+            raise BusyError(
+                f"{folder} is in use by process {owner.get('pid')} on {owner.get('host')}: wait for it, choose another "
+                f"folder, or remove {file} if that run is gone"
+            )
+        os.truncate(handle, 0)
+        os.write(handle, json.dumps(me).encode())
+        for left in folder.glob(f".*{_TEMPORARY}*"):  # of a run that was killed here: nobody else writes in this folder
+            _remove(left) if left.is_dir() else os.unlink(left)
+    except LookupError:
+        owner = _owner(file) or {}
+        raise BusyError(
+            f"{folder} is in use by process {owner.get('pid', '?')} on this machine: wait for it, or choose another "
+            "folder"
+        ) from None
+    except OSError as error:
+        raise DiskError(f"{folder}: cannot be locked: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(file)
+            if made:
+                os.rmdir(folder)  # which fails, as it should, if there is anything in it
+        os.close(handle)
+
+
+def _take(file: Path) -> int:
+    """An open handle that holds the lock file; LookupError if another process holds it."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_ino == os.stat(file).st_ino:  # else its holder has just removed it: take the new one
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise LookupError from None
+        except FileNotFoundError:
+            pass
+        os.close(handle)
+
+
+def _owner(file: Path) -> dict[str, Any] | None:
+    try:
+        owner = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return owner if isinstance(owner, dict) else None
+
+
+def _boot() -> str:
+    """What this start of this machine is called."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

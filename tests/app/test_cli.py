@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import json
+import os
+import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ from lorafit.app import options, runs
 from lorafit.app.cli import VERBS, main
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict
 from lorafit.errors import UsageError
+from lorafit.files import lock
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -223,7 +227,7 @@ def resolved(line: str, verb: str = "train") -> dict[str, Any]:
 
 
 def test_flags_overrule_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
-    defaults = as_dict(ModelConfig(), LoraConfig(), DataConfig(), TrainConfig()) | {"out": ""}
+    defaults = as_dict(ModelConfig(), LoraConfig(), DataConfig(), TrainConfig()) | {"out": "", "resume": False}
     assert resolved("") == defaults
     (tmp_path / "c.toml").write_text("r = 4\nlr = 1e-3\ntargets = ['q_proj']\n[rank_pattern]\nq_proj = 2\n")
     line = f"--config {tmp_path / 'c.toml'} --lr 5e-4"
@@ -315,10 +319,13 @@ def test_every_option_of_every_verb_has_a_sentence_and_a_readable_type() -> None
 # --- the verbs ---------------------------------------------------------------------------------------
 
 
+RUN_FILES = ["config.yaml", "log.jsonl", "loss.png"]
+
+
 def test_train_leaves_an_adapter_its_settings_a_log_and_a_picture(
     run_folder: Path, model_folder: Path, data_file: Path
 ) -> None:
-    assert sorted(p.name for p in run_folder.iterdir()) == ["adapter", "config.yaml", "log.jsonl", "loss.png"]
+    assert sorted(p.name for p in run_folder.iterdir()) == ["adapter", "checkpoints", *RUN_FILES]
     records = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(8))  # 16 rows, 4 a step, 2 epochs
     assert {"loss", "grad_norm", "lr", "tokens_per_second", "memory_mb"} <= records[0].keys()
@@ -352,6 +359,100 @@ def test_train_goes_on_from_an_adapter(run_folder: Path, model_folder: Path, dat
     first = json.loads((tmp_path / "on" / "log.jsonl").read_text().splitlines()[0])
     start = json.loads((run_folder / "log.jsonl").read_text().splitlines()[0])
     assert first["loss"] < start["loss"]
+
+
+def copied(run_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run_folder, tmp_path / "run"))
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(run_folder: Path, tmp_path: Path) -> None:
+    """Killed after its last step, before its last file: what is missing is made again, from the same bits."""
+    run = copied(run_folder, tmp_path)
+    before = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    shutil.rmtree(run / "adapter")
+    (run / "loss.png").unlink()
+    assert main(["train", "--resume", "--out", str(run), "--config", str(copy_settings(run))]) == 0
+    after = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert after.keys() == before.keys()
+    assert {name for name in before if before[name] != after[name]} <= {Path("config.yaml"), Path("loss.png")}
+
+
+def copy_settings(run: Path) -> Path:
+    """The settings of a copied run name the folder it was copied from."""
+    return Path(shutil.copy(run / "config.yaml", run.parent / "settings.yaml"))
+
+
+def test_resume_takes_its_settings_from_the_run_and_refuses_others(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(run_folder, tmp_path)
+    assert main(["train", "--resume", "--out", str(run)]) == 0
+    assert main(["train", "--resume", "--out", str(run), "--lr", "0.5"]) == 6
+    assert "lr was 0.01 and is 0.5; give the same, or begin a new run" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_is_not_begun_anew_by_accident(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(run_folder, tmp_path)
+    shutil.rmtree(run / "adapter")
+    assert main(["train", "--config", str(copy_settings(run)), "--out", str(run)]) == 6
+    assert "holds an unfinished run: go on with it by --resume" in capsys.readouterr().err
+
+
+def test_resume_where_nothing_is_begins(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    line = f"train --resume --model {model_folder} --data {data_file} --steps 1 --out {tmp_path / 'new'}"
+    assert main(line.split()) == 0
+    assert (tmp_path / "new" / "adapter").is_dir()
+
+
+def test_two_runs_in_one_folder_are_one_too_many(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with lock(tmp_path / "run"):
+        assert main(["train", "--config", str(run_folder / "config.yaml"), "--out", str(tmp_path / "run")]) == 9
+    assert "is in use by process" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_while_nothing_can_be_saved_is_one_line_and_leaves_nothing(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*given: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("lorafit.app.rows.read_rows", interrupted)
+    assert main(["train", "--config", str(run_folder / "config.yaml"), "--out", str(tmp_path / "run")]) == 75
+    assert capsys.readouterr().err == "lorafit: stopped by SIGTERM; nothing half done is left behind\n"
+    assert not (tmp_path / "run").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_while_training_saves_the_last_step(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the third evaluation batch: after step 4, before its held-out loss is known."""
+    from lorafit.training import loop
+
+    calls, evaluate = [0], loop.evaluate
+
+    def interrupted(*given: Any, **options: Any) -> float:
+        calls[0] += 1
+        if calls[0] == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return evaluate(*given, **options)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    out = tmp_path / "run"
+    assert main(["train", "--config", str(run_folder / "config.yaml"), "--out", str(out)]) == 75
+    said = f"lorafit: stopped by SIGUSR1 after 4 of 8 steps; saved in {out / 'checkpoints'}\n"
+    assert capsys.readouterr().err == said
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (out / name).read_bytes() == (run_folder / name).read_bytes()
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(8))
 
 
 def test_eval_measures_the_held_out_rows_of_a_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

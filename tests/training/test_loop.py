@@ -17,8 +17,8 @@ from lorafit.data.batches import collate
 from lorafit.data.chat import IGNORE, Example
 from lorafit.errors import NumericError, UsageError
 from lorafit.lora.inject import wrappers
-from lorafit.training.loop import count_steps, plan_passes, take_step
-from lorafit.training.optim import lr_at, make_optimizer
+from lorafit.training.loop import begin, count_steps, plan_passes, take_step
+from lorafit.training.optim import lr_at
 
 Tiny = Callable[..., nn.Module]
 LORA = LoraConfig(r=4, alpha=8)
@@ -78,10 +78,9 @@ def gradients(model: nn.Module, rows: list[Example], **cut: Any) -> dict[str, to
     for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
         parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()), std=0.1)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    batches = Batches(rows, **cut)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    config = TrainConfig(lr=1.0, warmup=0, schedule="constant", max_grad_norm=None)
-    take_step(model, batches, plan_passes(model, batches), optimizer, config, 0, 1)
+    once = begin(model, Batches(rows, **cut), TrainConfig(lr=1.0, warmup=0, schedule="constant", max_grad_norm=None))
+    once.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    take_step(once)
     return {n: before[n] - p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -132,10 +131,9 @@ def test_the_loss_falls_and_the_base_keeps_its_bytes(tiny: Tiny) -> None:
 
 def test_a_bf16_base_is_trained_with_fp32_adapters_and_optimizer(tiny: Tiny, examples: Any) -> None:
     model = adapted(tiny, "llama", torch.bfloat16, LORA)
-    batches = Batches(examples(8), 8)
-    optimizer = make_optimizer(model, TrainConfig())
-    take_step(model, batches, plan_passes(model, batches), optimizer, TrainConfig(), 0, 1)
-    state = [t for s in optimizer.state.values() for t in s.values() if t.ndim]
+    once = begin(model, Batches(examples(8), 8), TrainConfig())
+    take_step(once)
+    state = [t for s in once.optimizer.state.values() for t in s.values() if t.ndim]
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {t.dtype for t in state} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
@@ -179,12 +177,13 @@ def test_epoch_losses_are_per_epoch_and_per_token(tiny: Tiny, examples: Any) -> 
 def test_a_step_without_supervised_tokens_changes_nothing(tiny: Tiny, examples: Any) -> None:
     model = adapted(tiny, "llama", torch.float32, LORA)
     silent = [Example(ids=[3, 4, 5], labels=[IGNORE] * 3, source="silent")]
-    optimizer = make_optimizer(model, TrainConfig())
-    passes = plan_passes(model, Batches(silent))
-    take_step(model, Batches(examples(4), 4), passes, optimizer, TrainConfig(), 0, 2)
+    once = begin(model, Batches(examples(4), 4), TrainConfig())
+    take_step(once)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    record = take_step(model, Batches(silent), passes, optimizer, TrainConfig(), 1, 2)
-    assert record["tokens"] == 0
+    once.batches = Batches(silent)
+    once.pending = take_step(once)
+    once.complete()
+    assert once.result.empty == [0]
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 

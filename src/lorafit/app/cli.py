@@ -5,15 +5,15 @@ A verb is a function that takes dataclasses: their fields are its flags, its doc
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.app import options
+from lorafit.app import options, signals
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict, knob
-from lorafit.errors import LorafitError, ModelError, UsageError, nearest
+from lorafit.errors import Interrupted, LorafitError, ModelError, UsageError, nearest
 
 # --- options that only a verb has --------------------------------------------------------------------
 
@@ -23,6 +23,13 @@ class OutConfig:
     """Where the result goes"""
 
     out: str = knob("", "folder to write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeConfig:
+    """A run that was cut off"""
+
+    resume: bool = knob(False, "go on with the run in --out, with its settings, from its newest whole checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +82,26 @@ def demo(config: DemoConfig) -> None:
     main(quick=config.quick, seed=config.seed, out=Path(config.out))
 
 
-def train(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, out: OutConfig) -> None:
+def train(
+    model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, out: OutConfig, again: ResumeConfig
+) -> None:
     """Fine-tune a model on a data file; save the adapter, the settings, the log and the loss curve."""
     need("train", model=model.model, data=data.data, out=out.out)
     if model.adapter and lora != LoraConfig():
         raise UsageError("an adapter brings its own settings: with --adapter leave the LoRA flags out")
+    from lorafit.app import runs
+    from lorafit.files import lock
+
+    folder = Path(out.out)
+    with lock(folder):
+        runs.check_free(folder, again.resume)
+        fine_tune(model, lora, data, training, folder, again.resume)
+
+
+def fine_tune(
+    model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, folder: Path, resume: bool
+) -> None:
+    """What `train` does in `folder`, which is its own."""
     import torch
 
     from lorafit.adapter.peft_format import load_lora, save_lora
@@ -89,17 +111,27 @@ def train(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: Trai
     from lorafit.training import loop
 
     console = make_console()
-    folder = runs.free(Path(out.out))
     examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), training.seed)
     net, _ = load_model(**base(model))
     torch.manual_seed(training.seed)  # the start of A
     plan = load_lora(net, model.adapter) if model.adapter else add_lora(net, lora)
     console.print(f"{plan}\n{rows.summary(examples, held_out)}")
-    runs.start(folder, as_dict(model, lora, data, training, out))
     batches = rows.make_batches(examples, data, seed=training.seed)
     evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
-    with runs.progress(console, loop.count_steps(training, batches), folder / runs.LOG) as on_step:
-        result = loop.train(net, batches, training, evaluation=evaluation, on_step=on_step, on_note=console.print)
+    settings = as_dict(model, lora, data, training, OutConfig(out=str(folder)))
+    done = runs.start(folder, settings, resume=resume)
+    place = {"resume" if resume else "checkpoints": folder / runs.CHECKPOINTS}
+    with signals.noted(), runs.progress(console, loop.count_steps(training, batches), folder / runs.LOG, done) as show:
+        result = loop.train(
+            net,
+            batches,
+            training,
+            evaluation=evaluation,
+            **place,
+            on_step=show,
+            on_note=console.print,
+            stop=signals.reason,
+        )
     adapter = save_lora(net, folder / runs.ADAPTER, base_model=model.model)
     runs.draw_losses(result.history, folder / runs.PICTURE, title=f"{model.model} on {data.data}")
     console.print(runs.epochs_table(result.epoch_losses, result.evaluations, batches.steps_per_epoch))
@@ -140,6 +172,7 @@ def chat(model: ModelConfig, talk: TalkConfig, answers: AnswerConfig) -> None:
     from lorafit.model.load import load_model
 
     net, tokenizer = load_model(**base(model), adapter=model.adapter)
+    signals.keyboard()
     opening = [{"role": "system", "content": talk.system}] if talk.system else []
     messages, adapted = list(opening), model.adapter is not None
     commands = ["/base", "/adapter", "/reset", "/quit"]
@@ -277,8 +310,13 @@ def typed() -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns its exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Run a command line, by default this process's own; returns its exit code."""
+    with signals.watched(leaving=arguments is None):
+        return answer(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def answer(arguments: list[str]) -> int:
+    """Whatever happens, one line and an exit code."""
     try:
         run([argument for argument in arguments if argument != "--debug"])
     except SystemExit as stopped:  # argparse has printed the help
@@ -286,6 +324,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lorafit: interrupted", file=sys.stderr)
         return 130
+    except signals.Stopped as stopped:
+        print(f"lorafit: stopped by {stopped}; nothing half done is left behind", file=sys.stderr)
+        return Interrupted.exit_code
     except Exception as error:
         if "--debug" in arguments:
             import traceback
@@ -311,9 +352,15 @@ def run(arguments: list[str]) -> None:
         print(f"lorafit {version('lorafit')}")
     elif name in VERBS:
         known = {key for verb in VERBS.values() for key in options.names(verb)}
-        VERBS[name](**options.read(name, VERBS[name], rest, known))
+        VERBS[name](**options.read(name, VERBS[name], rest, known, settings_file))
     else:
         raise UsageError(f"unknown verb '{name}'{nearest(name, VERBS)}: there are {', '.join(VERBS)}")
+
+
+def settings_file(given: Mapping[str, str]) -> str | None:
+    """The settings of a run that is resumed, where no --config is given: the ones that stand in its folder."""
+    file = Path(given.get("out", "")) / "config.yaml"
+    return str(file) if given.get("resume") == "true" and "out" in given and file.is_file() else None
 
 
 def usage() -> str:

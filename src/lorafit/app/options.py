@@ -24,13 +24,20 @@ Verb = Callable[..., None]
 SWITCH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
 
-def read(name: str, verb: Verb, arguments: Sequence[str], known: Iterable[str]) -> dict[str, Any]:
+def read(
+    name: str,
+    verb: Verb,
+    arguments: Sequence[str],
+    known: Iterable[str],
+    default_file: Callable[[Mapping[str, str]], str | None] = lambda given: None,
+) -> dict[str, Any]:
     """The keyword arguments of `verb`, called `name`, that the command line `arguments` asks for.
 
-    `known` are the keys a config file may hold: all verbs share one file, and each takes what is its own.
+    `known` are the keys a config file may hold: all verbs share one file, and each takes what is its own. Without
+    `--config`, `default_file` may name one for the flags that are given.
     """
     given = vars(_parser(name, verb).parse_args([_hyphens(argument) for argument in arguments]))
-    file = given.pop("config", None)
+    file = given.pop("config", None) or default_file(given)
     written = read_file(Path(file), known) if file else {}
     keywords = {}
     for parameter, cls in configs(verb).items():

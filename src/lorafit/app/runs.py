@@ -1,6 +1,7 @@
 """A training run as a person sees it: progress on the terminal, and what it leaves in its folder.
 
 out/adapter/      the adapter, in PEFT's format
+out/checkpoints/  the newest states of the run, to go on from
 out/config.yaml   every setting, as resolved; `--config` reads it again
 out/log.jsonl     one JSON object per optimizer step
 out/loss.png      the picture of it
@@ -16,34 +17,40 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lorafit.errors import DiskError
+from lorafit.errors import CheckpointError, DiskError
 from lorafit.files import append_line, write_text
+from lorafit.training.checkpoint import saved_records, state_folders
 
 Record = Mapping[str, Any]
-ADAPTER, CONFIG, LOG, PICTURE = "adapter", "config.yaml", "log.jsonl", "loss.png"
+ADAPTER, CHECKPOINTS, CONFIG, LOG, PICTURE = "adapter", "checkpoints", "config.yaml", "log.jsonl", "loss.png"
 EVERY = 5.0  # seconds between two lines where there is no terminal to draw a bar on
 
 
-def free(folder: Path) -> Path:
-    """`folder`, refused if there is a finished run in it."""
+def check_free(folder: Path, resume: bool = False) -> None:
+    """Refuse to begin a run where there is one already."""
+    if resume:
+        return
     if (folder / ADAPTER).exists():
         raise DiskError(f"{folder} already holds a trained adapter: choose another --out, or remove the folder")
-    return folder
+    if state_folders(folder / CHECKPOINTS):
+        raise CheckpointError(f"{folder} holds an unfinished run: go on with it by --resume, or choose another --out")
 
 
-def start(folder: Path, settings: Mapping[str, Any]) -> Path:
-    """Make the folder of a new run and write its settings there."""
+def start(folder: Path, settings: Mapping[str, Any], resume: bool = False) -> int:
+    """Make the folder of a run, with its settings and the log so far; returns how many steps stand in it."""
     import yaml
 
-    free(folder)
-    lines = yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False, allow_unicode=True)
-    write_text(folder / CONFIG, lines)
-    (folder / LOG).unlink(missing_ok=True)  # of a run that was cut off
-    return folder
+    check_free(folder, resume)
+    records = saved_records(folder / CHECKPOINTS) if resume else []
+    if not records:
+        lines = yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False, allow_unicode=True)
+        write_text(folder / CONFIG, lines)
+    write_text(folder / LOG, "".join(f"{json.dumps(record)}\n" for record in records))
+    return len(records)
 
 
 @contextmanager
-def progress(console: Console, steps: int, log: Path) -> Iterator[Callable[[Record], None]]:
+def progress(console: Console, steps: int, log: Path, done: int = 0) -> Iterator[Callable[[Record], None]]:
     """Yields the `on_step` that logs each record and shows it: as a bar, or in a line now and then."""
     if console.is_terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -55,13 +62,13 @@ def progress(console: Console, steps: int, log: Path) -> Iterator[Callable[[Reco
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task("starting", total=steps)
+            task = bar.add_task("starting", total=steps, completed=done)
 
             def draw(record: Record) -> None:
                 append_line(log, record)
                 bar.update(task, advance=1, description=sentence(record))
                 if "eval_loss" in record:
-                    bar.print(f"step {record['step'] + 1}: held-out loss {record['eval_loss']:.4f}")
+                    bar.print(f"step {record['step'] + 1}: held-out loss {number(record['eval_loss'], '.4f')}")
 
             yield draw
         return
@@ -70,12 +77,10 @@ def progress(console: Console, steps: int, log: Path) -> Iterator[Callable[[Reco
     def tell(record: Record) -> None:
         nonlocal last
         append_line(log, record)
-        number, now = record["step"] + 1, time.monotonic()
-        if now - last >= EVERY or number == steps or "eval_loss" in record:
+        step, now = record["step"] + 1, time.monotonic()
+        if now - last >= EVERY or step == steps or "eval_loss" in record:
             last = now
-            console.print(
-                f"step {number}/{steps}  {sentence(record)}",
-            )
+            console.print(f"step {step}/{steps}  {sentence(record)}")
 
     yield tell
 
@@ -83,15 +88,20 @@ def progress(console: Console, steps: int, log: Path) -> Iterator[Callable[[Reco
 def sentence(record: Record) -> str:
     """A step's record for a person."""
     parts = [
-        f"loss {record['loss']:.4f}",
-        f"grad {record['grad_norm']:.3g}",
+        f"loss {number(record['loss'], '.4f')}",
+        f"grad {number(record['grad_norm'], '.3g')}",
         f"lr {record['lr']:.2e}",
         f"{record['tokens_per_second']:.0f} tok/s",
         f"{record['memory_mb']:.0f} MB",
     ]
     if "eval_loss" in record:
-        parts.append(f"held-out {record['eval_loss']:.4f}")
+        parts.append(f"held-out {number(record['eval_loss'], '.4f')}")
     return "  ".join(parts)
+
+
+def number(value: float | None, form: str) -> str:
+    """A number that a record holds, or the word for what is none."""
+    return "not finite" if value is None else format(value, form)
 
 
 def epochs_table(losses: Sequence[float], evaluations: Mapping[int, float], steps_per_epoch: int) -> Table:
@@ -108,11 +118,11 @@ def draw_losses(history: Sequence[Record], path: Path, title: str = "") -> None:
     """The loss of each step (light), its running mean, and the held-out loss."""
     from matplotlib.figure import Figure
 
-    steps = [record["step"] + 1 for record in history]
-    losses = [record["loss"] for record in history]
+    steps = [record["step"] + 1 for record in history if record["loss"] is not None]
+    losses = [record["loss"] for record in history if record["loss"] is not None]
     span = max(1, min(50, len(losses) // 10))
     mean = [sum(losses[max(0, i - span + 1) : i + 1]) / min(i + 1, span) for i in range(len(losses))]
-    held_out = {record["step"] + 1: record["eval_loss"] for record in history if "eval_loss" in record}
+    held_out = {record["step"] + 1: record["eval_loss"] for record in history if record.get("eval_loss") is not None}
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")

@@ -6,54 +6,26 @@ supervised tokens in all of them: 8 rows at once, 8 times 1 row, packed or padde
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorafit.config import TrainConfig
 from lorafit.data.batches import Batch, Batches
 from lorafit.errors import NumericError, listing
+from lorafit.lora.inject import wrappers
+from lorafit.lora.layers import LoraLinear
 from lorafit.training.attention import packs_exactly, row_attention
-from lorafit.training.loss import Head, find_head, summed_loss
+from lorafit.training.checkpoint import Checkpoints
+from lorafit.training.loss import find_head
 from lorafit.training.modes import evaluating
 from lorafit.training.optim import lr_at, make_optimizer
+from lorafit.training.run import Passes, Record, Result, Run, Stop, heed
 
-Record = dict[str, Any]
-
-
-@dataclass
-class Result:
-    """What a run did: one record per step, the loss of each epoch, and the evaluations as {step: loss}."""
-
-    history: list[Record] = field(default_factory=list)
-    evaluations: dict[int, float] = field(default_factory=dict)
-    best_step: int | None = None
-    stopped_early: bool = False
-
-    @property
-    def epoch_losses(self) -> list[float]:
-        """The mean loss per supervised token of each epoch, over that epoch only."""
-        sums: dict[int, list[float]] = {}
-        for record in self.history:
-            total = sums.setdefault(record["epoch"], [0.0, 0.0])
-            total[0] += record["loss"] * record["tokens"]
-            total[1] += record["tokens"]
-        return [loss / max(tokens, 1) for loss, tokens in sums.values()]
-
-
-@dataclass(frozen=True)
-class Passes:
-    """How this model is run: whether rows can be packed exactly, and where its head is."""
-
-    packed: bool
-    head: Head | None
-
-    def loss(self, model: nn.Module, batch: Batch, divide_by: int) -> Tensor:
-        return summed_loss(model, batch, self.head) / divide_by
+Note = Callable[[str], None]
 
 
 def train(
@@ -62,84 +34,78 @@ def train(
     config: TrainConfig | None = None,
     *,
     evaluation: Batches | None = None,
+    checkpoints: str | Path | None = None,
+    resume: str | Path | None = None,
     on_step: Callable[[Record], None] = lambda record: None,
-    on_note: Callable[[str], None] = lambda sentence: None,
+    on_note: Note = lambda sentence: None,
+    stop: Stop = lambda: None,
 ) -> Result:
     """Train everything in `model` that requires gradients (after `add_lora`: the adapter) on `batches`.
 
-    `evaluation` is looked at every `eval_every` steps; `on_step` gets each step's record, `on_note` a sentence when
-    something is done in another way than asked. Leaves the model in evaluation mode, with the best weights if asked.
-    Raises NumericError, before the step is taken, when the loss or the gradient is not finite.
+    `evaluation` is looked at every `eval_every` steps. `checkpoints` is a folder to keep the last few states of the
+    run in; `resume` is such a folder too, and the run goes on from the newest whole state in it, to the same bits as
+    if it had never been cut off (or begins, if there is none). `on_step` gets each step's record, `on_note` a
+    sentence when something is done in another way than asked. `stop` is asked between forward passes; if it answers,
+    the last whole step is saved and Interrupted raised.
+
+    Leaves the model in evaluation mode, with the best weights if asked. A step whose loss or gradient is not finite is
+    not taken; `max_bad_steps` of them in a row raise NumericError. CheckpointError: other settings than the run began
+    with.
     """
     config = config or TrainConfig()
-    steps = count_steps(config, batches)
-    passes = plan_passes(model, batches, on_note)
-    optimizer = make_optimizer(model, config)
-    best = Best(config)
-    result = Result()
-    with _training(model):
-        for step in range(steps):
-            record = take_step(model, batches, passes, optimizer, config, step, steps)
-            if evaluation is not None and _evaluate_now(step, steps, batches, config):
-                record["eval_loss"] = result.evaluations[step] = evaluate(model, evaluation, passes=passes)
-                result.stopped_early = best.update(model, step, record["eval_loss"])
-            result.history.append(record)
-            on_step(record)
-            if result.stopped_early:
-                break
-    result.best_step = best.restore(model)
-    return result
+    run = begin(model, batches, config, on_note)
+    saves = Checkpoints(run, resume or checkpoints, evaluation, on_note)
+    saves.take_up(resume is not None)
+    with _training(model), saves.kept_when_stopped():
+        while run.step < run.steps and not run.result.stopped_early:
+            run.pending = run.pending or take_step(run, stop=stop, on_note=on_note)
+            if evaluation is not None and run.due:
+                run.evaluated(evaluate(model, evaluation, passes=run.passes, stop=stop))
+            on_step(run.complete())
+            saves.now_and_then()
+    saves.at_the_end()
+    _say_if_nothing_moved(model, on_note)
+    return run.finish()
 
 
-def take_step(
-    model: nn.Module,
-    batches: Batches,
-    passes: Passes,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    step: int,
-    steps: int,
-) -> Record:
+def take_step(run: Run, *, stop: Stop = lambda: None, on_note: Note = lambda sentence: None) -> Record:
     """One optimizer step: forward and backward over its window, clip, update. Returns its record."""
     began = time.perf_counter()
-    device = next(model.parameters()).device
-    window = batches.window(step, packed=passes.packed)
+    device = next(run.model.parameters()).device
+    window = run.batches.window(run.step, packed=run.passes.packed)
     tokens = sum(batch.targets.numel() for batch in window)
     total = torch.zeros((), dtype=torch.float64)
     for number, batch in enumerate(window):
-        torch.manual_seed(hash((config.seed, step, number)) % 2**63)  # dropout is a function of (seed, step, pass)
-        with row_attention(model, batch):
-            loss = passes.loss(model, batch.to(device), max(tokens, 1))
+        heed(stop)
+        torch.manual_seed(hash((run.config.seed, run.step, number)) % 2**63)  # dropout depends on nothing else
+        with row_attention(run.model, batch):
+            loss = run.passes.loss(run.model, batch.to(device), max(tokens, 1))
             loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach().cpu()
-    norm = _clip(optimizer, config.max_grad_norm)
-    if not math.isfinite(total) or not math.isfinite(norm):
-        rows = [source for batch in window for source in batch.sources]
-        raise NumericError(
-            f"step {step}: loss {total.item():.4g}, gradient norm {norm:.4g}; the step was not taken; its rows: "
-            f"{listing(rows)}; lower lr, or look for broken rows or weights"
-        )
-    lr = lr_at(step, steps, config)
-    if tokens:  # a step without supervised tokens must not move anything: AdamW's momentum would
-        for group in optimizer.param_groups:
+    lr, norm = lr_at(run.step, run.steps, run.config), _clip(run.optimizer, run.config.max_grad_norm)
+    finite = math.isfinite(total) and math.isfinite(norm)
+    if not finite:
+        _refuse(run, window, total.item(), norm, on_note)
+    elif tokens:  # a step without supervised tokens must not move anything: AdamW's momentum would
+        run.bad = 0
+        for group in run.optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    seconds = time.perf_counter() - began
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
     return {
-        "step": step,
-        "epoch": step // batches.steps_per_epoch,
-        "loss": total.item(),
-        "grad_norm": norm,
+        "step": run.step,
+        "epoch": run.step // run.batches.steps_per_epoch,
+        "loss": total.item() if finite else None,
+        "grad_norm": norm if finite else None,
         "lr": lr,
         "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": tokens / (time.perf_counter() - began),
         "memory_mb": memory_mb(device),
     }
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, *, passes: Passes | None = None) -> float:
+def evaluate(model: nn.Module, batches: Batches, *, passes: Passes | None = None, stop: Stop = lambda: None) -> float:
     """The loss per supervised token over all rows of `batches`, each once, without dropout."""
     passes = passes or plan_passes(model, batches)
     device = next(model.parameters()).device
@@ -147,13 +113,20 @@ def evaluate(model: nn.Module, batches: Batches, *, passes: Passes | None = None
     with evaluating(model):
         for step in range(batches.steps_per_epoch):
             for batch in batches.window(step, packed=passes.packed):
+                heed(stop)
                 with row_attention(model, batch):
                     total += passes.loss(model, batch.to(device), 1).item()
                 tokens += batch.targets.numel()
     return total / max(tokens, 1)
 
 
-def plan_passes(model: nn.Module, batches: Batches, on_note: Callable[[str], None] = lambda sentence: None) -> Passes:
+def begin(model: nn.Module, batches: Batches, config: TrainConfig, on_note: Note = lambda sentence: None) -> Run:
+    """A run before its first step."""
+    passes = plan_passes(model, batches, on_note)
+    return Run(model, batches, config, passes, make_optimizer(model, config), count_steps(config, batches))
+
+
+def plan_passes(model: nn.Module, batches: Batches, on_note: Note = lambda sentence: None) -> Passes:
     """Try once how this model can be run; `on_note` hears of it when rows have to be padded."""
     packed = batches.packing and packs_exactly(model)
     if batches.packing and not packed:
@@ -167,41 +140,20 @@ def count_steps(config: TrainConfig, batches: Batches) -> int:
     return max(1, steps)
 
 
-class Best:
-    """The best evaluation so far: keeps a copy of what is trained, and says when patience has run out."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.patience = config.patience
-        self.keep = config.keep_best
-        self.loss = math.inf
-        self.step: int | None = None
-        self.last = -1
-        self.waited = 0
-        self.weights: Mapping[str, Tensor] = {}
-
-    def update(self, model: nn.Module, step: int, loss: float) -> bool:
-        """Note the evaluation at `step`; True when training should stop."""
-        self.last = step
-        if loss < self.loss:
-            self.loss, self.step, self.waited = loss, step, 0
-            if self.keep:
-                self.weights = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
-            return False
-        self.waited += 1
-        return self.patience is not None and self.waited >= self.patience
-
-    @torch.no_grad()
-    def restore(self, model: nn.Module) -> int | None:
-        """Put the best weights back, if they are asked for; returns their step."""
-        if self.keep and self.step != self.last:
-            parameters = dict(model.named_parameters())
-            for name, weight in self.weights.items():
-                parameters[name].copy_(weight)
-        return self.step
+def _refuse(run: Run, window: list[Batch], loss: float, norm: float, on_note: Note) -> None:
+    """A step that must not be taken: say which rows it was made of, and stop when there are too many of them."""
+    run.bad += 1
+    rows = listing(source for batch in window for source in batch.sources)
+    said = f"step {run.step}: loss {loss:.4g}, gradient norm {norm:.4g}: not taken; its rows: {rows}"
+    if run.bad >= min(run.config.max_bad_steps, run.steps):
+        raise NumericError(f"{said}; the {run.bad}. such step in a row; lower lr, or look for broken rows or weights")
+    on_note(said)
 
 
-def _evaluate_now(step: int, steps: int, batches: Batches, config: TrainConfig) -> bool:
-    return (step + 1) % (config.eval_every or batches.steps_per_epoch) == 0 or step + 1 == steps
+def _say_if_nothing_moved(model: nn.Module, on_note: Note) -> None:
+    layers = [layer for _, layer in wrappers(model) if isinstance(layer, LoraLinear)]
+    if layers and not any(all(factor.any() for factor in layer.factors) for layer in layers):
+        on_note("nothing was learned: s·B·A is still zero in every layer, so the model answers as before")
 
 
 def _clip(optimizer: torch.optim.Optimizer, limit: float | None) -> float:

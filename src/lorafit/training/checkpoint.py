@@ -1,0 +1,191 @@
+"""Exact resume: where the states of a run are kept, and which of them it goes on from.
+
+folder/step-00000120/tensors.safetensors   what is trained, the optimizer's moments, the best weights
+folder/step-00000120/run.json              the step, the records, and the settings that the result depends on
+folder/step-00000120/manifest.json         sizes and sha256; the versions and the machine that wrote it
+
+Each state is written whole under a new name (`files.py`); the last few are kept. A run goes on from the newest one in
+which every bit is as it was written. It ends in the same bits where versions, processor, threads, dtype and device
+are the same; elsewhere one line says so.
+"""
+
+import hashlib
+import json
+import platform
+import re
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lorafit.config import as_dict
+from lorafit.data.batches import Batches
+from lorafit.errors import CheckpointError, Interrupted, listing
+from lorafit.files import (
+    MANIFEST,
+    damaged,
+    need_space,
+    new_folder,
+    read_manifest,
+    remove_folder,
+    write_tensors,
+    write_text,
+)
+from lorafit.lora.inject import attached
+from lorafit.training.run import Record, Run
+
+TENSORS, RUN = "tensors.safetensors", "run.json"
+FREE = ("save_every", "keep_checkpoints", "max_bad_steps")
+"""Settings that may change when a run goes on: they do not change what comes out."""
+
+
+class Checkpoints:
+    """The states of one run, in `folder`; without a folder nothing is kept."""
+
+    def __init__(
+        self, run: Run, folder: str | Path | None, evaluation: Batches | None, on_note: Callable[[str], None]
+    ) -> None:
+        self.run, self.on_note = run, on_note
+        self.folder = None if folder is None else Path(folder)
+        self.evaluation = evaluation
+        self.saved: int | None = None
+        self.last = time.monotonic()
+
+    def take_up(self, resume: bool) -> None:
+        """Go on from the newest whole state if `resume`, and see that there is room for the next ones."""
+        if self.folder is None:
+            return
+        if not resume and state_folders(self.folder):
+            raise CheckpointError(f"{self.folder} holds an unfinished run: resume it, or choose another folder")
+        if states := whole_states(self.folder, self.on_note):
+            self._restore(states[-1])
+        size = sum(tensor.nbytes for _, tensor in self.run.trained())
+        need_space(self.folder, 4 * size * (self.run.config.keep_checkpoints + 1) + size)
+
+    def now_and_then(self) -> None:
+        """Save if the last state is older than `save_every` seconds."""
+        if time.monotonic() - self.last >= self.run.config.save_every:
+            self.save()
+
+    @contextmanager
+    def kept_when_stopped(self) -> Iterator[None]:
+        """Save the last whole step when the run is stopped inside."""
+        try:
+            yield
+        except Interrupted as stopped:
+            self.run.optimizer.zero_grad(set_to_none=True)  # of a step that was cut off: it will be done again, whole
+            self.save()
+            kept = f"saved in {self.folder}" if self.folder else "nothing was saved"
+            raise Interrupted(f"{stopped} after {self.run.taken} of {self.run.steps} steps; {kept}") from None
+
+    def at_the_end(self) -> None:
+        """Save the last state, so that what comes after training can be done again."""
+        self.save()
+
+    def save(self) -> None:
+        """Write the state of the run as a new folder, and let go of the oldest."""
+        if self.folder is None or self.saved == self.run.taken:
+            return
+        self.run.check_finite()
+        tensors, facts = self.run.state()
+        target = self.folder / f"step-{self.run.taken:08}"
+        if target.exists():  # a damaged one: whole ones are gone on from
+            remove_folder(target)
+        with new_folder(target, about=environment(self.run.model)) as folder:
+            write_tensors(folder / TENSORS, tensors)
+            facts["settings"] = settings(self.run, self.evaluation)
+            write_text(folder / RUN, json.dumps(facts, allow_nan=False))
+        self.saved, self.last = self.run.taken, time.monotonic()
+        for old in state_folders(self.folder)[: -self.run.config.keep_checkpoints]:
+            remove_folder(old)
+
+    def _restore(self, path: Path) -> None:
+        facts = json.loads((path / RUN).read_bytes())
+        was, now = facts.pop("settings"), settings(self.run, self.evaluation)
+        changed = [f"{name} was {was.get(name)!r} and is {now[name]!r}" for name in now if was.get(name) != now[name]]
+        if changed:
+            raise CheckpointError(
+                f"{path}: this run began with other settings: {listing(changed, 4)}; give the same, or begin a new run"
+            )
+        about, here = read_manifest(path) or {}, environment(self.run.model)
+        moved = [f"{name} {about.get(name)}, here {here[name]}" for name in here if about.get(name) != here[name]]
+        if moved:
+            self.on_note(f"{path} was written with {listing(moved, 4)}: the run goes on, equal to rounding")
+        self.run.restore(load_file(path / TENSORS), facts)
+        self.saved = self.run.taken
+        self.on_note(f"going on after step {self.run.taken} of {self.run.steps}, from {path}")
+
+
+def state_folders(folder: Path) -> list[Path]:
+    """All states in `folder`, whole or not, the oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def whole_states(folder: Path, on_note: Callable[[str], None] = lambda sentence: None) -> list[Path]:
+    """The states in `folder` up to the newest whole one; `on_note` hears of each damaged one after that."""
+    states = state_folders(folder)
+    while states:
+        problems = damaged(states[-1]) if (states[-1] / MANIFEST).is_file() else [f"{MANIFEST} is missing"]
+        if not problems:
+            return states
+        on_note(f"{states.pop()} is damaged ({listing(problems, 2)}): not used")
+    return []
+
+
+def saved_records(folder: Path) -> list[Record]:
+    """The records of the steps that a run which goes on from `folder` will not do again."""
+    states = whole_states(folder)
+    records: list[Record] = json.loads((states[-1] / RUN).read_bytes())["history"] if states else []
+    return records
+
+
+def settings(run: Run, evaluation: Batches | None) -> dict[str, Any]:
+    """Everything that the result depends on, by name, as JSON gives it back."""
+    batches, found = run.batches, attached(run.model)
+    adapter = as_dict(found.plan.config) if found else {}
+    chosen = {name: value for name, value in as_dict(run.config).items() if name not in FREE}
+    made = {name: getattr(batches, name) for name in ("batch_size", "accumulate", "max_tokens_per_pack", "shuffle")}
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in run.trained()]
+    layers = [(t.name, t.r, t.alpha) for t in found.plan.targets] if found else []
+    described = {
+        **adapter,
+        **chosen,
+        **made,
+        "order of the rows": batches.seed,
+        "packed": run.passes.packed,
+        "rows": _digest_rows(batches),
+        "held-out rows": _digest_rows(evaluation) if evaluation else None,
+        "trained layers": hashlib.sha256(repr((shapes, layers)).encode()).hexdigest()[:16],
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(described))
+    return plain
+
+
+def _digest_rows(batches: Batches) -> str:
+    digest = hashlib.sha256()
+    for row in batches.examples:
+        digest.update(array("q", [len(row.ids), *row.ids, *row.labels]).tobytes())
+    return f"{len(batches.examples)} rows, {digest.hexdigest()[:16]}"
+
+
+def environment(model: nn.Module) -> dict[str, Any]:
+    """What the last bits of a result depend on beside the settings."""
+    parameter = next(model.parameters())
+    on_gpu = parameter.device.type == "cuda"
+    return {
+        **{name: version(name) for name in ("lorafit", "torch", "transformers")},
+        "python": platform.python_version(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(parameter.device) if on_gpu else parameter.device.type,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+    }
