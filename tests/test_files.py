@@ -5,12 +5,29 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
-from lorafit.errors import DataError, DiskError
-from lorafit.files import MANIFEST, SYSTEM, append_line, new_folder, write_json, write_text
+from lorafit.errors import BusyError, DataError, DiskError
+from lorafit.files import (
+    LOCK,
+    MANIFEST,
+    SYSTEM,
+    append_line,
+    damaged,
+    lock,
+    need_space,
+    new_folder,
+    read_manifest,
+    remove_folder,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -129,18 +146,6 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     assert tree(tmp_path / "disk") == {"new": "new"}
 
 
-def test_modes_follow_the_umask(tmp_path: Path) -> None:
-    old = os.umask(0o027)
-    try:
-        with new_folder(tmp_path / "run") as folder:
-            (folder / "file").write_text("x")
-            (folder / "file").chmod(0o600)
-    finally:
-        os.umask(old)
-    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o750
-    assert (tmp_path / "run" / "file").stat().st_mode & 0o777 == 0o640
-
-
 def test_text_and_json_are_written_whole(tmp_path: Path) -> None:
     write_text(tmp_path / "deep" / "file", "é\n")
     assert (tmp_path / "deep" / "file").read_bytes() == "é\n".encode()
@@ -161,3 +166,200 @@ def test_lines_are_appended(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
     with pytest.raises(DiskError, match="cannot be written"):
         append_line(tmp_path / "nowhere" / "log.jsonl", {})
+
+
+def test_a_line_that_did_not_fit_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append_line(tmp_path / "log.jsonl", {"step": 0})
+    write, calls = os.write, [0]
+
+    def nearly_full(handle: int, data: bytes) -> int:
+        calls[0] += 1
+        if calls[0] > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(handle, bytes(data)[:5])
+
+    monkeypatch.setattr(SYSTEM, "write", nearly_full)
+    with pytest.raises(DiskError, match="No space left"):
+        append_line(tmp_path / "log.jsonl", {"step": 1})
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 0}\n'
+
+
+def test_what_is_no_number_in_json_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        append_line(tmp_path / "log.jsonl", {"loss": float("nan")})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "file.json", float("inf"))
+    assert not list(tmp_path.iterdir())
+
+
+# --- what is whole, and who may write -----------------------------------------------------------------
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Path:
+    with new_folder(tmp_path / "run", about={"torch": "2.13"}) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("aaaa")
+        (folder / "b").write_text("bbbb")
+    return tmp_path / "run"
+
+
+def test_the_manifest_names_every_file_and_what_it_is_told(sealed: Path) -> None:
+    manifest = read_manifest(sealed)
+    assert manifest is not None
+    assert manifest["torch"] == "2.13"
+    assert manifest["files"].keys() == {"sub/a", "b"}
+    assert manifest["files"]["b"]["size"] == 4
+    assert damaged(sealed) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda f: (f / "b").unlink(), "b is missing"),
+        (lambda f: (f / "b").write_text(""), "b has 0 bytes instead of 4"),
+        (lambda f: (f / "sub" / "a").write_text("aaab"), "sub/a is not what was written (its sha256 differs)"),
+        (lambda f: (f / MANIFEST).write_text("{}"), f"{MANIFEST} is damaged"),
+        (lambda f: (f / MANIFEST).write_bytes((f / MANIFEST).read_bytes()[:-1]), f"{MANIFEST} is damaged"),
+        (lambda f: flip_version(f / MANIFEST), f"{MANIFEST} is damaged"),
+    ],
+)
+def test_what_is_not_as_it_was_written_is_named(change: Callable[[Path], object], sentence: str, sealed: Path) -> None:
+    change(sealed)
+    assert damaged(sealed) == [sentence]
+
+
+def flip_version(file: Path) -> None:
+    file.write_text(file.read_text().replace("2.13", "2.12"))
+
+
+def test_only_the_files_asked_for_are_looked_at(sealed: Path) -> None:
+    (sealed / "b").write_text("edited")
+    assert damaged(sealed, ["sub/a"]) == []
+    assert damaged(sealed, ["c"]) == ["c is not in manifest.json"]
+    (sealed / MANIFEST).unlink()
+    assert damaged(sealed) == []
+
+
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "run") as folder:
+            (folder / "sub").mkdir(mode=0o700)
+            os.close(os.open(folder / "file", os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "run", *(tmp_path / "run").iterdir())}
+    assert modes == {"run": 0o750, "sub": 0o750, "file": 0o640, MANIFEST: 0o640}
+
+
+def test_tensors_and_what_is_said_about_them_are_the_same_bytes_every_time(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
+    written = set()
+    for number in range(20):
+        about = {f"key {k}": "value" for k in (range(9) if number % 2 else reversed(range(9)))}
+        write_tensors(tmp_path / "t", tensors, about)
+        written.add((tmp_path / "t").read_bytes())
+    assert len(written) == 1
+    read = safetensors.torch.load_file(tmp_path / "t")
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    with safetensors.safe_open(tmp_path / "t", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"} | {f"key {k}": "value" for k in range(9)}
+
+
+def test_a_folder_is_removed_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sealed: Path) -> None:
+    def refused(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(SYSTEM, "unlink", refused)
+    with pytest.raises(DiskError, match="run: cannot be removed: Input/output error"):
+        remove_folder(sealed)
+    assert not sealed.exists()
+    monkeypatch.undo()
+    with new_folder(tmp_path / "other"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["other"]  # and the next to write there has swept
+
+
+def test_nobody_sweeps_away_what_another_is_writing(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "a") as first:
+        with new_folder(tmp_path / "b"):
+            pass
+        (first / "file").write_text("x")
+    assert tree(tmp_path) == {"a": "/", "a/file": "x", "b": "/"}
+
+
+def test_room_is_asked_for_where_the_folder_will_be(tmp_path: Path) -> None:
+    need_space(tmp_path / "not" / "there", 1)
+    with pytest.raises(DiskError, match=r"there: [\d,]+ MiB are needed and [\d,]+ MiB are free"):
+        need_space(tmp_path / "not" / "there", 2**62)
+
+
+def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+    with lock(tmp_path / "run"):
+        owner = json.loads((tmp_path / "run" / LOCK).read_text())
+        assert owner["pid"] == os.getpid()
+        with pytest.raises(BusyError, match=rf"run is in use by process {os.getpid()} on this machine"):
+            lock(tmp_path / "run").__enter__()
+    assert not (tmp_path / "run").exists()  # it held nothing but the lock
+    (tmp_path / "run").mkdir()
+    with lock(tmp_path / "run"):
+        pass
+    assert (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("left", ["", "{half", '{"pid": 1, "host": "here", "boot": "another start"}'])
+def test_the_lock_of_a_process_that_is_gone_is_taken_over(
+    left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.node", lambda: "here")
+    (tmp_path / LOCK).write_text(left)
+    (tmp_path / ".config.yaml.lorafit-tmp-12").write_text("half")  # what it was writing
+    with lock(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_another_machine_is_respected(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text('{"pid": 7, "host": "elsewhere", "boot": "another"}')
+    with pytest.raises(BusyError, match=r"in use by process 7 on elsewhere.*or remove .* if that run is gone"):
+        lock(tmp_path).__enter__()
+    assert json.loads((tmp_path / LOCK).read_text())["host"] == "elsewhere"
+
+
+def test_of_many_that_want_a_folder_one_gets_it(tmp_path: Path) -> None:
+    """Twenty races of four processes that begin together, each after a holder that was killed."""
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from lorafit.files import lock; from lorafit.errors import BusyError\n"
+        "print('ready', flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    try:\n"
+        "        with lock(Path(line.strip())): print('got', flush=True); sys.stdin.readline()\n"
+        "    except BusyError: print('busy', flush=True); sys.stdin.readline()\n"
+        "    print('out', flush=True)\n"
+    )
+    racers = [
+        subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+
+    def all_told(line: str) -> list[str]:
+        for racer in racers:
+            assert racer.stdin is not None
+            racer.stdin.write(f"{line}\n")
+            racer.stdin.flush()
+        return [racer.stdout.readline().strip() for racer in racers]  # type: ignore[union-attr]
+
+    try:
+        assert [racer.stdout.readline().strip() for racer in racers] == ["ready"] * 4  # type: ignore[union-attr]
+        for number in range(20):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            (folder / LOCK).write_text("left behind")
+            assert sorted(all_told(str(folder))) == ["busy", "busy", "busy", "got"]
+            assert all_told("on") == ["out"] * 4
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.communicate()

@@ -64,8 +64,7 @@ def new_folder(
     the patterns in `replaces` (None: whatever it holds); otherwise DiskError, and nothing is lost. `about` is
     written into the manifest.
     """
-    target = Path(path).expanduser().resolve()
-    _check_replaceable(target, replaces)
+    target = check_replaceable(path, replaces)
     temporary = target.with_name(f".{target.name}{_TEMPORARY}{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +81,25 @@ def new_folder(
     finally:
         with suppress(OSError):
             _remove(temporary)
+
+
+def check_replaceable(path: str | Path, replaces: Iterable[str] | None) -> Path:
+    """The place that `path` stands for, or DiskError if `new_folder` would not write there."""
+    target = Path(path).expanduser().resolve()
+    patterns = ("*",) if replaces is None else (*replaces, MANIFEST)
+    try:
+        if not target.exists():
+            return target
+        if not target.is_dir():
+            raise DiskError(f"{target} is a file: choose another folder to write to")
+        foreign = sorted(p.name for p in target.iterdir() if not any(p.match(pattern) for pattern in patterns))
+    except DiskError:
+        raise
+    except OSError as error:
+        raise DiskError(f"{target}: cannot be read: {error.strerror or error}") from error
+    if foreign:
+        raise DiskError(f"{target} holds other files ({listing(foreign, 3)}): choose a new folder, nothing was written")
+    return target
 
 
 def remove_folder(path: Path) -> None:
@@ -130,19 +148,6 @@ def damaged(folder: str | Path, names: Iterable[str] | None = None) -> list[str]
         elif _sha256(file) != entry.get("sha256"):
             problems.append(f"{name} is not what was written (its sha256 differs)")
     return problems
-
-
-def _check_replaceable(target: Path, replaces: Iterable[str] | None) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise DiskError(f"{target} is a file: choose another folder to write to")
-    if replaces is None:
-        return
-    patterns = (*replaces, MANIFEST)
-    foreign = sorted(p.name for p in target.iterdir() if not any(p.match(pattern) for pattern in patterns))
-    if foreign:
-        raise DiskError(f"{target} holds other files ({listing(foreign, 3)}): choose a new folder, nothing was written")
 
 
 def _seal(folder: Path, about: Mapping[str, Any]) -> None:

@@ -209,19 +209,19 @@ def chat(model: ModelConfig, talk: TalkConfig, answers: AnswerConfig) -> None:
 def merge(model: ModelConfig, out: OutConfig) -> None:
     """Add the adapter to the weights and save a plain model folder that needs no lorafit."""
     need("merge", model=model.model, adapter=model.adapter, out=out.out)
-    from lorafit.files import new_folder
+    from lorafit.files import check_replaceable, need_space
     from lorafit.lora.inject import merge_lora
     from lorafit.model.compare import compare, probe
-    from lorafit.model.load import load_model
+    from lorafit.model.load import load_model, save_model
 
-    with new_folder(out.out, replaces=()) as folder:
-        net: Any
-        net, tokenizer = load_model(**base(model), adapter=model.adapter)
-        before = probe(net, tokenizer)
-        merge_lora(net)
-        difference = compare(before, probe(net, tokenizer, like=before))
-        net.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    check_replaceable(out.out, replaces=())
+    net: Any
+    net, tokenizer = load_model(**base(model), adapter=model.adapter)
+    need_space(Path(out.out), sum(p.nbytes for p in net.parameters()))
+    before = probe(net, tokenizer)
+    merge_lora(net)
+    difference = compare(before, probe(net, tokenizer, like=before))
+    save_model(net, tokenizer, out.out, replaces=())
     console = make_console()
     console.print(f"adapter and merged model on {len(before.rows)} prompts: {difference}")
     console.print(f"merged model {out.out}, in {net.dtype} (--dtype for another precision)")

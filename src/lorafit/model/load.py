@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import errors as hub
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from lorafit.adapter.peft_format import load_lora
-from lorafit.errors import ModelError, UsageError, listing, nearest
+from lorafit.errors import DiskError, ModelError, UsageError, listing, nearest
 from lorafit.files import new_folder
 
 DTYPES = {str(t).partition(".")[2]: t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
@@ -63,8 +64,11 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None, trust_remot
 def save_model(model: Any, tokenizer: Any, folder: str | Path, replaces: Iterable[str] | None = None) -> None:
     """Write a plain model folder that any program which reads Hugging Face folders loads."""
     with new_folder(folder, replaces) as temporary, _quiet():
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        try:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        except SafetensorError as error:  # its word for what the disk refuses
+            raise DiskError(f"{folder}: cannot be written: {_one_line(error)}") from error
 
 
 def load_skeleton(

@@ -17,6 +17,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -182,10 +183,15 @@ def environment(model: nn.Module) -> dict[str, Any]:
     parameter = next(model.parameters())
     on_gpu = parameter.device.type == "cuda"
     return {
-        **{name: version(name) for name in ("lorafit", "torch", "transformers")},
+        **_versions(),
         "python": platform.python_version(),
         "processor": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(parameter.device) if on_gpu else parameter.device.type,
         "dtype": str(parameter.dtype).removeprefix("torch."),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("lorafit", "torch", "transformers")}
