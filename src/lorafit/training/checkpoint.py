@@ -40,7 +40,7 @@ from lorafit.files import (
     write_text,
 )
 from lorafit.lora.inject import attached
-from lorafit.training.run import Record, Run
+from lorafit.training.run import Record, Run, check_finite
 
 TENSORS, RUN = "tensors.safetensors", "run.json"
 FREE = ("save_every", "keep_checkpoints", "max_bad_steps")
@@ -94,8 +94,8 @@ class Checkpoints:
         """Write the state of the run as a new folder, and let go of the oldest."""
         if self.folder is None or self.saved == self.run.taken:
             return
-        self.run.check_finite()
         tensors, facts = self.run.state()
+        check_finite(tensors, self.run.taken)
         target = self.folder / f"step-{self.run.taken:08}"
         if target.exists():  # a damaged one: whole ones are gone on from
             remove_folder(target)

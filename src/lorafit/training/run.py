@@ -138,7 +138,7 @@ class Run:
         if self.best.weights and self.best.step != self.step - 1:
             for name, tensor in self.trained():
                 tensor.copy_(self.best.weights[name])
-        self.check_finite()
+        check_finite(dict(self.trained()), self.step)
         self.result.best_step = self.best.step
         return self.result
 
@@ -151,13 +151,6 @@ class Run:
                 (f"{name}.{key}", t)
                 for key, t in kept
                 if not isinstance(t, nn.Parameter) and not key.startswith("base_layer.")
-            )
-
-    def check_finite(self) -> None:
-        bad = [name for name, tensor in self.trained() if not tensor.isfinite().all()]
-        if bad:
-            raise NumericError(
-                f"after step {self.step} there is NaN or infinity in {listing(bad)}: nothing of it is written; lower lr"
             )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -197,3 +190,12 @@ class Run:
         self.step, self.pending, self.bad = facts["step"], facts["pending"], facts["bad"]
         self.best = Best(**facts["best"], weights=weights)
         self.result = Result(facts["history"], stopped_early=facts["stopped_early"])
+
+
+def check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    """NumericError, before any of them is written."""
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise NumericError(
+            f"after {step} steps there is NaN or infinity in {listing(bad)}: nothing of it is written; lower lr"
+        )
