@@ -9,11 +9,9 @@ Every call that changes the disk is in the table `SYSTEM`, so that a test can le
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,10 +19,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lorafit.errors import BusyError, DiskError, listing
+from lorafit.errors import DiskError, listing
+from lorafit.locks import hold, opened
 
 MANIFEST = "manifest.json"
-LOCK = ".lorafit-lock"
 _TEMPORARY = ".lorafit-tmp-"
 
 
@@ -68,9 +66,10 @@ def new_folder(
     temporary = target.with_name(f".{target.name}{_TEMPORARY}{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
+        sweep(target.parent)
         SYSTEM.mkdir(temporary)
-        with _claimed(temporary):
+        with opened(temporary) as handle:
+            hold(handle)  # so that no other process sweeps it away
             yield temporary
             _seal(temporary, about or {})
             _move(temporary, target)
@@ -81,6 +80,14 @@ def new_folder(
     finally:
         with suppress(OSError):
             _remove(temporary)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what processes left in `folder` that died while they wrote: their hold on it died with them."""
+    for left in folder.glob(f".*{_TEMPORARY}*"):
+        with suppress(OSError), opened(left) as handle:
+            if hold(handle):
+                _remove(left) if left.is_dir() else SYSTEM.unlink(left)
 
 
 def check_replaceable(path: str | Path, replaces: Iterable[str] | None) -> Path:
@@ -185,24 +192,6 @@ def _remove(folder: Path) -> None:
     SYSTEM.rmdir(folder)
 
 
-def _sweep(parent: Path) -> None:
-    """Delete what processes left here that died while they wrote: their claim on it died with them."""
-    for left in parent.glob(f".*{_TEMPORARY}*"):
-        with suppress(OSError), _claimed(left):
-            _remove(left)
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Hold a temporary folder, so that no other process sweeps it away; BlockingIOError if another one holds it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
-
-
 # --- files ------------------------------------------------------------------------------------------
 
 
@@ -267,8 +256,8 @@ def append_line(path: str | Path, value: Any) -> None:
 def need_space(folder: Path, needed: int) -> None:
     """DiskError if `folder`, or where it will be, has less than `needed` bytes left."""
     there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
-    left = shutil.disk_usage(there).free
-    if left < needed:
+    total, _, left = shutil.disk_usage(there)
+    if total and left < needed:  # some network disks do not tell
         raise DiskError(
             f"{folder}: {needed / 2**20:,.0f} MiB are needed and {left / 2**20:,.0f} MiB are free: make room there, "
             "or write to another disk"
@@ -287,6 +276,7 @@ def _write(path: Path, data: bytes) -> None:
     """A new file at `path`, forced to disk."""
     handle = SYSTEM.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
+        hold(handle)
         _write_all(handle, data)
         SYSTEM.fsync(handle)
     finally:
@@ -300,88 +290,10 @@ def _write_all(handle: int, data: bytes) -> None:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
+    with opened(path) as handle:
         SYSTEM.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- one process at a time --------------------------------------------------------------------------
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process, or BusyError. The lock of a process that is gone is taken over.
-
-    The system drops its part of the lock (flock) with the process. What stands in the file names the holder, and
-    decides where the system cannot: on a shared disk, for a run on another machine.
-    """
-    file, made = folder / LOCK, not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = _take(file)
-        owner, me = _owner(file), {"pid": os.getpid(), "host": platform.node(), "boot": _boot()}
-        if owner and owner.get("boot") != me["boot"] and owner.get("host") != me["host"]:
-            os.close(handle)
-            raise BusyError(
-                f"{folder} is in use by process {owner.get('pid')} on {owner.get('host')}: wait for it, choose another "
-                f"folder, or remove {file} if that run is gone"
-            )
-        os.truncate(handle, 0)
-        os.write(handle, json.dumps(me).encode())
-        for left in folder.glob(f".*{_TEMPORARY}*"):  # of a run that was killed here: nobody else writes in this folder
-            _remove(left) if left.is_dir() else os.unlink(left)
-    except LookupError:
-        owner = _owner(file) or {}
-        raise BusyError(
-            f"{folder} is in use by process {owner.get('pid', '?')} on this machine: wait for it, or choose another "
-            "folder"
-        ) from None
-    except OSError as error:
-        raise DiskError(f"{folder}: cannot be locked: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.unlink(file)
-            if made:
-                os.rmdir(folder)  # which fails, as it should, if there is anything in it
-        os.close(handle)
-
-
-def _take(file: Path) -> int:
-    """An open handle that holds the lock file; LookupError if another process holds it."""
-    while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(handle).st_ino == os.stat(file).st_ino:  # else its holder has just removed it: take the new one
-                return handle
-        except BlockingIOError:
-            os.close(handle)
-            raise LookupError from None
-        except FileNotFoundError:
-            pass
-        os.close(handle)
-
-
-def _owner(file: Path) -> dict[str, Any] | None:
-    try:
-        owner = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return owner if isinstance(owner, dict) else None
-
-
-def _boot() -> str:
-    """What this start of this machine is called."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

@@ -24,7 +24,7 @@ from lorafit.app import options, runs
 from lorafit.app.cli import VERBS, main
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict
 from lorafit.errors import UsageError
-from lorafit.files import lock
+from lorafit.locks import lock
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

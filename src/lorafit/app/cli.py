@@ -90,10 +90,12 @@ def train(
     if model.adapter and lora != LoraConfig():
         raise UsageError("an adapter brings its own settings: with --adapter leave the LoRA flags out")
     from lorafit.app import runs
-    from lorafit.files import lock
+    from lorafit.files import sweep
+    from lorafit.locks import lock
 
     folder = Path(out.out)
     with lock(folder):
+        sweep(folder)
         runs.check_free(folder, again.resume)
         fine_tune(model, lora, data, training, folder, again.resume)
 
