@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, pre_tokenizers
 
-from lorafit.app import options, runs
+from lorafit.app import options, rows, runs
 from lorafit.app.cli import VERBS, main
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict
 from lorafit.errors import UsageError
@@ -567,6 +567,24 @@ def test_inspect_shows_the_plan_and_the_tokens_that_carry_loss(
     assert "3 comes." not in printed
     assert main(["inspect", "--model", str(model_folder), "--adapter", str(run_folder / "adapter")]) == 0
     assert "r=4" in capsys.readouterr().out
+
+
+def test_inspect_checks_a_file_without_a_model(
+    data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", "--data", str(data_file)]) == 0
+    assert "20 rows" in capsys.readouterr().out
+    (tmp_path / "bad.jsonl").write_text(data_file.read_text() + '{"prompt": "What?"}\n')
+    assert main(["inspect", "--data", str(tmp_path / "bad.jsonl")]) == 3
+    assert "bad.jsonl:21: no column 'completion'" in capsys.readouterr().err
+    assert main(["inspect"]) == 2
+
+
+def test_reading_many_rows_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("lorafit.app.rows.EVERY", 0.0)
+    with rows.counted("reading x.jsonl") as progress:
+        progress(1_000, 20_000)
+    assert capsys.readouterr().out == "reading x.jsonl: 1,000 of 20,000 rows\n"
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path: Path) -> None:

@@ -244,6 +244,13 @@ def test_gguf_is_the_model_it_was_made_from(tiny: Callable[..., nn.Module], tmp_
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
+def test_gguf_is_refused_where_transformers_guesses_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(transformers, "__version__", "5.22.9")
+    with pytest.raises(ModelError, match="GGUF files need transformers 5.23 or newer, not 5.22.9"):
+        load_model(tmp_path / "tiny.gguf")
+
+
 def write_gguf(model: Any, path: Path) -> None:
     """`model` as llama.cpp's converter writes it: other names, each head's q and k rows interleaved."""
     import gguf

@@ -230,7 +230,14 @@ def merge(model: ModelConfig, out: OutConfig) -> None:
 
 
 def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedConfig, show: ShowConfig) -> None:
-    """Show what would be trained, and on which tokens, before any compute is spent."""
+    """Show what would be trained, and on which tokens, before any compute; with --data alone: check the rows."""
+    if data.data and not model.model:
+        from lorafit.app.rows import counted
+        from lorafit.data.check import check_rows
+
+        with counted(f"reading {data.data}") as progress:
+            summary = check_rows(data.data, progress=progress)
+        return print(summary)
     need("inspect", model=model.model)
     from lorafit.adapter.peft_format import load_lora
     from lorafit.app import rows

@@ -1,10 +1,14 @@
 """The rows that the settings name: read, split into training and held-out, batched, shown."""
 
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
+from rich.console import Console
+from rich.progress import Progress
 from rich.text import Text
 
 from lorafit.config import DataConfig, ModelConfig
@@ -12,6 +16,8 @@ from lorafit.data.batches import Batches
 from lorafit.data.chat import IGNORE, Example
 from lorafit.data.read import read_examples
 from lorafit.errors import UsageError
+
+EVERY = 5.0  # seconds between two lines where there is no terminal to draw a bar on
 
 
 def read_rows(model: ModelConfig, data: DataConfig, tokenizer: Any, seed: int) -> tuple[list[Example], list[Example]]:
@@ -68,12 +74,34 @@ def rendered(row: Example, tokenizer: Any, colour: bool) -> Text:
 
 
 def _read(source: str, model: ModelConfig, data: DataConfig, tokenizer: Any) -> list[Example]:
-    return read_examples(
-        source,
-        tokenizer,
-        max_length=data.max_length,
-        loss_on=data.loss_on,
-        chat_template=model.chat_template,
-        allow_dropped=data.allow_dropped,
-        on_note=print,
-    )
+    with counted(f"reading {source}") as progress:
+        return read_examples(
+            source,
+            tokenizer,
+            max_length=data.max_length,
+            loss_on=data.loss_on,
+            chat_template=model.chat_template,
+            allow_dropped=data.allow_dropped,
+            on_note=print,
+            progress=progress,
+        )
+
+
+@contextmanager
+def counted(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields what is to be called with (done, in all): a bar on a terminal, elsewhere a line now and then."""
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
+            task = bar.add_task(what)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            console.print(f"{what}: {done:,} of {total:,} rows")
+
+    yield tell

@@ -17,13 +17,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lorafit.app.rows import EVERY
 from lorafit.errors import CheckpointError, DiskError
 from lorafit.files import append_line, write_text
 from lorafit.training.checkpoint import saved_records, state_folders
 
 Record = Mapping[str, Any]
 ADAPTER, CHECKPOINTS, CONFIG, LOG, PICTURE = "adapter", "checkpoints", "config.yaml", "log.jsonl", "loss.png"
-EVERY = 5.0  # seconds between two lines where there is no terminal to draw a bar on
 
 
 def check_free(folder: Path, resume: bool = False) -> None:

@@ -130,7 +130,7 @@ def _source(name: str | Path, revision: str | None, trust_remote_code: bool) -> 
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{name} is a file, but no .gguf: give a folder with config.json, or a hub name")
-        if not hasattr(transformers, "GgufConfig"):
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
             raise ModelError(
                 f"{name}: GGUF files need transformers 5.23 or newer, not {transformers.__version__}: "
                 "pip install -U transformers"
