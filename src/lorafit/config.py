@@ -101,6 +101,7 @@ class ModelConfig:
 
     model: str = knob("", "hub name, local folder, or .gguf file of the base model")
     adapter: str | None = knob(None, "adapter folder to load on top")
+    force_base: bool = knob(False, "load the adapter even if it was made on another base model")
     revision: str | None = knob(None, "branch, tag or commit on the hub")
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = knob(
         "auto", "precision of the base; auto: bfloat16 where the processor computes it natively, else float32"

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorafit import LoraConfig, add_lora, load_lora, save_lora, unload_lora
-from lorafit.adapter.peft_format import DEFAULTS, HISTORY, UNDERSTOOD
+from lorafit.adapter.peft_config import DEFAULTS
 from lorafit.errors import AdapterError, DiskError, NumericError
+from lorafit.files import MANIFEST
 from lorafit.lora import inject
 
 Tiny = Callable[..., Any]
@@ -55,18 +56,21 @@ def rewrite(path: Path, **changes: Any) -> None:
 
 @contextmanager
 def tensors(path: Path) -> Iterator[dict[str, Tensor]]:
+    """The file's tensors, to be changed; what is written then is a file that somebody else might have written."""
     found = load_file(path / WEIGHTS)
     yield found
     save_file(found, path / WEIGHTS, metadata={"format": "pt"})
+    (path / MANIFEST).unlink(missing_ok=True)
 
 
 # --- writing --------------------------------------------------------------------------------------
 
 
 def test_what_is_written(adapter: Path) -> None:
-    assert sorted(file.name for file in adapter.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(file.name for file in adapter.iterdir()) == [CONFIG, WEIGHTS, MANIFEST]
     with safe_open(adapter / WEIGHTS, "pt") as opened:
-        assert opened.metadata() == {"format": "pt"}
+        assert sorted(opened.metadata()) == ["format", "lorafit"]
+        assert opened.metadata()["format"] == "pt"
         assert f"{Q}.lora_A.weight" in opened.keys()  # noqa: SIM118
         assert "base_model.model.model.norm.weight" in opened.keys()  # noqa: SIM118
         assert len(opened.keys()) == 2 * 4 + 1
@@ -82,11 +86,6 @@ def test_the_name_of_the_base_model(tiny: Tiny, tmp_path: Path) -> None:
     add_lora(model)
     save_lora(model, tmp_path, base_model="someone/llama")
     assert json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"] == "someone/llama"
-
-
-def test_every_field_is_either_history_or_understood_or_refused() -> None:
-    assert not HISTORY & UNDERSTOOD
-    assert DEFAULTS.keys() >= HISTORY | UNDERSTOOD
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -323,19 +322,28 @@ BAD: dict[str, tuple[Spoil, str]] = {
         change(f"module.{Q}.lora_A.default.weight", lambda t: torch.zeros(4, 32)),
         "several tensors for one place",
     ),
-    "everything at once": (
+    "everything the header says": (
         both(
             change(f"{Q}.lora_A.weight", None),
-            change(f"{Q}.lora_B.weight", nan),
+            change(f"{Q}.lora_B.weight", torch.Tensor.int),
             change("base_model.model.model.norm.weight", lambda t: t[:3].clone()),
             change("lm_head.weight", lambda t: torch.zeros(96, 32)),
         ),
         "1 tensors missing: model.layers.0.self_attn.q_proj.lora_A.weight; 1 tensors unexpected: lm_head.weight; "
         "1 tensors of the wrong shape: model.norm.weight is (3,), the model and adapter_config.json say (32,); "
-        "1 tensors NaN or infinite: model.layers.0.self_attn.q_proj.lora_B.weight; nothing was loaded",
+        "1 tensors of the wrong dtype: model.layers.0.self_attn.q_proj.lora_B.weight is torch.int32; nothing",
+    ),
+    "everything the values say": (
+        both(
+            change(f"{Q}.lora_B.weight", nan),
+            change("base_model.model.model.norm.weight", nan),
+            change(f"{Q}.base_layer.weight", lambda t: torch.zeros(32, 32)),
+        ),
+        "2 tensors NaN or infinite: model.layers.0.self_attn.q_proj.lora_B.weight, model.norm.weight; 1 tensors copied "
+        "from another base model: model.layers.0.self_attn.q_proj.base_layer.weight; nothing was loaded",
     ),
     "modules the model lacks": (config(modules_to_save=["classifier"]), "does not fit this model"),
-    "names of another family": (config(target_modules=["c_attn"]), "does not fit this model: target 'c_attn'"),
+    "names of another family": (config(target_modules=["c_attn"]), "target_modules=['c_attn'] names no layer of it"),
     "another rank pattern": (config(rank_pattern={"q_proj": 2}), "4 tensors of the wrong shape"),
     "fewer layers": (config(layers_to_transform=[0]), "4 tensors unexpected"),
     "DoRA without magnitudes": (config(use_dora=True), "4 tensors missing: model.layers.0.self_attn.q_proj.lora_m"),
@@ -364,13 +372,13 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "QALoRA": (config(use_qalora=True), "use_qalora=True is not supported"),
     "PiSSA": (config(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4' belongs to a changed base"),
     "OLoRA": (config(init_lora_weights="olora"), "init_lora_weights='olora' belongs to a changed base"),
-    "alpha is text": (config(lora_alpha="16"), "alpha must be a number"),
-    "alpha is not finite": (config(lora_alpha=float("inf")), "alpha must be a number"),
+    "alpha is text": (config(lora_alpha="16"), "lora_alpha='16': a number greater than 0"),
+    "alpha is not finite": (config(lora_alpha=float("inf")), "lora_alpha=inf: a number greater than 0"),
     "r is huge": (config(r=10**12), "of the wrong shape"),
     "r is beyond huge": (config(r=10**30), "of the wrong shape"),
     "pattern is no regex": (config(rank_pattern={"(q": 4}), "does not fit this model"),
     "target is no regex": (config(target_modules="(q"), "is no regular expression"),
-    "modules are text": (config(modules_to_save="norm"), "modules_to_save is 'norm', not a list"),
+    "modules are text": (config(modules_to_save="norm"), "modules_to_save='norm': a list of at most"),
 }  # fmt: skip
 BAD |= {
     f"peft_type {kind}": (config(peft_type=kind), f"peft_type is '{kind}'; lorafit opens LORA adapters only")

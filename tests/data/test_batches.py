@@ -58,6 +58,13 @@ def test_max_tokens_bounds_every_pass_and_keeps_the_rows(sizes: list[int], limit
         assert all(batch.input_ids.numel() <= limit or len(batch.lengths) == 1 for batch in passes)
 
 
+def test_a_pass_is_filled_to_its_limit() -> None:
+    """Rows of 3, 4, 3 tokens: packed, 7 tokens are the first two; padded, the first two take 8."""
+    for packed, limit in ((True, 7), (False, 8)):
+        batches = Batches(rows([3, 4, 3]), 8, packing=packed, max_tokens_per_pack=limit, shuffle=False)
+        assert [batch.lengths for batch in batches.window(0)] == [(3, 4), (3,)]
+
+
 @given(lengths)
 def test_accumulation_draws_the_same_rows_as_one_large_batch(sizes: list[int]) -> None:
     at_once, accumulated = Batches(rows(sizes), 8, 1, seed=3), Batches(rows(sizes), 1, 8, seed=3)
@@ -90,6 +97,17 @@ def test_rows_of_uneven_length_are_padded_on_the_right() -> None:
     batch = collate(rows([2, 4]), packed=False)
     assert batch.input_ids.tolist() == [[0, 1, 0, 0], [2, 3, 4, 5]]
     assert collate(rows([2, 4]), packed=True).position_ids.tolist() == [[0, 1, 0, 1, 2, 3]]
+
+
+def test_a_model_is_called_with_positions_where_rows_are_packed_and_never_with_a_mask() -> None:
+    for packed, names in ((True, {"input_ids", "position_ids"}), (False, {"input_ids"})):
+        batch = collate(rows([2, 4]), packed=packed)
+        assert {name: tensor.shape for name, tensor in batch.inputs().items()} == dict.fromkeys(
+            names, batch.input_ids.shape
+        )
+        moved = batch.to(torch.device("meta"))
+        assert {t.device.type for t in (*moved.inputs().values(), moved.predict, moved.targets)} == {"meta"}
+        assert (moved.lengths, moved.sources, moved.packed) == (batch.lengths, batch.sources, packed)
 
 
 def test_no_examples_is_refused() -> None:

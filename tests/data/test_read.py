@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lorafit.data.read import MAX_ERRORS, read_examples
+from lorafit.data.check import MAX_ERRORS
+from lorafit.data.read import read_examples
 from lorafit.data.rows import find_rows, parse_name
 from lorafit.errors import DataError, UsageError
 
@@ -260,25 +261,24 @@ def test_the_hub_is_asked_for_split_and_configuration(
 
 GOOD = json.dumps({"instruction": "Do", "output": "done"})
 BAD_LINES = {
-    '{"instruction": "Do", "output": }': r"a\.jsonl:2:33: not valid JSON \(Expecting value\)$",
-    '{"instruction": "Do", "output": "do': r"a\.jsonl:2:33: not valid JSON \(Unterminated string",
-    '{"instruction": "Do", "output": "d"} x': r"a\.jsonl:2:38: not valid JSON \(Extra data\)$",
+    '{"instruction": "Do", "output": }': r"a\.jsonl:2:33: not valid JSON \(Expecting value\): a value is missing, or a",
+    '{"instruction": "Do", "output": "do': r"a\.jsonl:2:33: not valid JSON \(Unterminated string st.* cut off\?$",
+    '{"instruction": "Do", "output": "d"} x': r"a\.jsonl:2:38: not valid JSON \(Extra data\): nothing may stand behind",
     '{"instruction": "Do", "output": NaN}': r"a\.jsonl:2: not valid JSON \(NaN is no JSON value: write null",
     '{"instruction": "Do", "output": "a", "output": "b"}': r"a\.jsonl:2: .*'output' stands twice",
-    "<!DOCTYPE html>": r"a\.jsonl:2:1: .*looks like a web page",
     '["Do", "done"]': r"a\.jsonl:2: a row must be an object with named columns, not list$",
     "null": r"a\.jsonl:2: a row must be an object",
-    "[" * 100_000: r"a\.jsonl:2: not valid JSON \(nested too deeply\)$",
+    "[" * 100_000: r"a\.jsonl:2: not valid JSON \(nested too deeply\)",
     '{"instruction": "Do", "output": ' + "9" * 5000 + "}": r"a\.jsonl:2: not valid JSON",
-    "{}": r"a\.jsonl:2: no column 'instruction': the row has $",
+    "{}": r"a\.jsonl:2: no column 'instruction': the row has none$",
     '{"instruction": "Do"}': r"a\.jsonl:2: no column 'output': the row has instruction$",
     '{"instruction": "Do", "outptu": "d"}': r"a\.jsonl:2: no column 'output' \(did you mean 'outptu'\?\): the row has",
     '{"instruction": "Do", "inputs": "x", "output": "d"}': r"unknown column 'inputs' \(did you mean 'input'\?\)",
     '{"instruction": "Do", "output": null}': r"a\.jsonl:2: column 'output' must hold text, not null$",
     '{"instruction": "Do", "output": 42}': r"a\.jsonl:2: column 'output' must hold text, not 42 \(int\)$",
-    '{"instruction": " ", "output": "d"}': r"a\.jsonl:2: columns 'instruction' and 'input' are both empty$",
-    '{"instruction": "Do", "output": "\\ud83d"}': r"a\.jsonl:2: the text holds half a character",
-    '{"instruction": "Do", "output": "d", "history": [1]}': r"'history' must be a list of \[question, answer\] pairs$",
+    '{"instruction": " ", "output": "d"}': r"a\.jsonl:2: columns 'instruction' and 'input' are both empty: ",
+    '{"instruction": "Do", "output": "a\\ud83d"}': r"a\.jsonl:2: column 'output' holds half a .*, character 2",
+    '{"instruction": "Do", "output": "d", "history": [1]}': r"'history' must be a list of \[question, answer\] pairs, ",
     '{"text": "Do"}': r"a\.jsonl:2: no column 'instruction'",
 }
 
@@ -290,8 +290,6 @@ def test_a_bad_line_is_named(bad: str, position: int, tmp_path: Path, tokenizer:
     lines = [GOOD, GOOD, GOOD]
     lines[position] = bad
     path.write_text("\n".join(lines))
-    if position == 0 and bad in ("{}", '{"text": "Do"}'):
-        return  # the first row with a known form decides which form all have
     with pytest.raises(DataError) as caught:
         read_examples(path, tokenizer)
     (message,) = str(caught.value).splitlines()
@@ -342,7 +340,9 @@ def test_bad_json_files(text: str, message: str, tmp_path: Path, tokenizer: Any)
         ("instruction,output\n", "there are no rows in it"),
         ("instruction,output\na,b\na,b,c\n", r'a\.csv:3: 3 fields where the header names 2: put "quotes" around'),
         ('instruction,output\n"a\nb",c\nd\n', r"a\.csv:4: 1 fields"),
-        ('instruction,output\na,"b', r"a\.csv:2: not valid CSV \(unexpected end of data\)"),
+        ('instruction,output\na,"b', r"a\.csv:2:3: not valid CSV \(this quoted field does not end\)"),
+        ('instruction,output\na,"b" c', r"a\.csv:2:3: not valid CSV \(text follows on the closing quote"),
+        ('instruction,output\na,b" c', r"a\.csv:2:4: not valid CSV \(a quote inside a field that is not quoted\)"),
         ("instruction,instruction\na,b", r"a\.csv:1: column names in the header"),
         ("instruction,outptu\na,b", r"a\.csv:2: no column 'output' \(did you mean 'outptu'\?\)"),
     ],
@@ -413,10 +413,10 @@ def test_files_that_are_not_there_or_not_known(tmp_path: Path, tokenizer: Any) -
     with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read"):
         read_examples(tmp_path / "a.jsonl.gz", tokenizer)
     (tmp_path / "b.jsonl.gz").write_text(GOOD)
-    with pytest.raises(DataError, match=r"b\.jsonl\.gz: cannot be read"):
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz: not compressed with gzip: take \.gz off its name"):
         read_examples(tmp_path / "b.jsonl.gz", tokenizer)
     (tmp_path / "a.parquet").write_text(GOOD)
-    with pytest.raises(DataError, match=r"a\.parquet: not a parquet file"):
+    with pytest.raises(DataError, match=r"a\.parquet: not a Parquet file: "):
         read_examples(tmp_path / "a.parquet", tokenizer)
     with pytest.raises(UsageError, match="loss_on must be"):
         read_examples(ROWS, tokenizer, loss_on="answers")

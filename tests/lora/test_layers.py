@@ -160,6 +160,7 @@ def test_only_a_and_b_are_trained_and_the_base_is_held() -> None:
     assert layer.base_layer is base
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"lora_A.weight", "lora_B.weight"}
     assert repr(layer).startswith("LoraLinear(\n  r=2, alpha=16")
+    assert [(thin.in_features, thin.out_features) for thin in (layer.lora_A, layer.lora_B)] == [(5, 2), (2, 7)]
 
 
 def test_dora_norm_without_the_sum_and_its_gradient() -> None:
@@ -207,6 +208,13 @@ def test_the_starts_are_as_their_equations_say(name: str) -> None:
 def test_a_trained_copy_switches_and_answers_for_the_module_in_use() -> None:
     base = nn.LayerNorm(4)
     copy = TrainedCopy(base)
+    flags = {name: parameter.requires_grad for name, parameter in copy.named_parameters()}
+    assert flags == {
+        "base_layer.weight": False,
+        "base_layer.bias": False,
+        "trained.weight": True,
+        "trained.bias": True,
+    }
     nn.init.constant_(copy.trained.weight, 3.0)
     x = torch.randn(2, 4)
     torch.testing.assert_close(copy(x), 3 * base(x))

@@ -190,6 +190,18 @@ def test_another_adapter_or_other_batches_are_refused_by_name(
         again(kind, resume=tmp_path)
 
 
+def test_another_base_model_is_refused(again: Again, tiny: Tiny, examples: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        again(checkpoints=tmp_path, stop=after(5))
+    model = tiny("llama")
+    model.model.layers[0].self_attn.q_proj.weight.data.mul_(1.1)
+    torch.manual_seed(5)
+    add_lora(model, LoraConfig(r=4))
+    held_out = Batches(examples(5, seed=8), 2, shuffle=False)
+    with pytest.raises(CheckpointError, match=r"begun on another base model \(model\.layers\.0.* has other values"):
+        train(model, Batches(examples(14), 4, seed=3), CONFIG, evaluation=held_out, resume=tmp_path)
+
+
 def test_what_changes_no_result_may_change(again: Again, tmp_path: Path) -> None:
     whole = again()
     with pytest.raises(Interrupted):

@@ -1,5 +1,6 @@
 """The loss equals the model's own, and the hand-written head equals autograd."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,24 @@ def test_evaluation_is_the_models_own_loss(family: str, packing: bool, tiny: Tin
     assert ours == pytest.approx(own_loss(model, rows), rel=2e-6)
 
 
+HEADS: dict[str, tuple[dict[str, float], tuple[float, float | None]]] = {
+    "llama": ({}, (1.0, None)),
+    "cohere": ({"logit_scale": 0.5}, (0.5, None)),
+    "granite": ({"logits_scaling": 4.0}, (0.25, None)),
+    "gemma2": ({"final_logit_softcapping": 0.5}, (1.0, 0.5)),
+}
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_a_head_is_found_with_its_scale_and_its_cap(family: str, tiny: Tiny, examples: Any) -> None:
+    settings, expected = HEADS[family]
+    model, rows = tiny(family, **settings), examples()
+    head = find_head(model)
+    assert head is not None
+    assert (head.scale, head.cap) == expected
+    assert evaluate(model, Batches(rows, 8)) == pytest.approx(own_loss(model, rows), rel=2e-6)
+
+
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.5, None), (1.0, 3.0), (2.0, 1.5)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -68,16 +87,17 @@ def test_no_supervised_row_is_a_loss_of_zero() -> None:
     assert loss.item() == 0
 
 
-@pytest.mark.parametrize("train_head", ["lora", "full", "no"])
+@pytest.mark.parametrize("train_head", ["lora", "full", "unfrozen", "no"])
 def test_a_trained_head_gets_its_gradient(train_head: str, tiny: Tiny, examples: Any) -> None:
-    """The head wrapped by LoRA, trained in full, or reached without `find_head`: all equal autograd on full logits."""
+    """The head wrapped by LoRA, trained in full, in place, or not at all: all equal autograd on full logits."""
     model = tiny("llama")
     config = {
         "lora": LoraConfig(r=4, targets=("q_proj", "lm_head"), init="gaussian_both"),
         "full": LoraConfig(r=4, targets=("q_proj",), train_modules=("lm_head",), init="gaussian_both"),
-        "no": LoraConfig(r=4, targets=("q_proj",), init="gaussian_both"),
-    }[train_head]
+    }.get(train_head, LoraConfig(r=4, targets=("q_proj",), init="gaussian_both"))
     add_lora(model, config)
+    if train_head == "unfrozen":
+        model.lm_head.requires_grad_(True)
     batch = collate(examples(6), packed=True)
     gradients = []
     for head in (find_head(model), None):
@@ -92,6 +112,75 @@ def test_a_trained_head_gets_its_gradient(train_head: str, tiny: Tiny, examples:
         if parameter.requires_grad:
             for ours in gradients:
                 assert (ours[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm()
+
+
+def test_nothing_the_size_of_the_vocabulary_is_kept_under_a_frozen_head(tiny: Tiny, examples: Any) -> None:
+    model = tiny("llama", vocab_size=1000)
+    add_lora(model, LoraConfig(r=4))
+    batch, head = collate(examples(6), packed=True), find_head(model)
+    kept: list[torch.Size] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with row_attention(model, batch), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        summed_loss(model, batch, head)
+    assert kept
+    assert not [shape for shape in kept if 1000 in shape]
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["subclass", "hook", "pre-hook"])
+def test_a_head_that_does_more_than_multiply_is_called(kind: str, tiny: Tiny, examples: Any) -> None:
+    model, rows = tiny("llama"), examples()
+    if kind == "subclass":
+        model.lm_head.__class__ = Doubled
+    elif kind == "hook":
+        model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    else:
+        model.lm_head.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    assert find_head(model) is not None
+    assert evaluate(model, Batches(rows, 8)) == pytest.approx(own_loss(model, rows), rel=2e-6)
+
+
+@pytest.mark.parametrize(("chunk_bytes", "products"), [(None, 1), (4 * 5000 * 250, 3), (4 * 5000 - 1, 600)])
+def test_the_heads_weight_is_read_once_for_each_chunk(
+    chunk_bytes: int | None, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ordinary pass is one chunk; a row that is larger than a chunk is one of its own."""
+    calls: list[torch.Size] = []
+
+    def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append(x.shape)
+        return linear(x, *rest)
+
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", counted)
+    if chunk_bytes is not None:
+        monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_bytes)
+    targets = torch.zeros(600, dtype=torch.long)
+    LinearCrossEntropy.apply(torch.randn(600, 4), torch.randn(5000, 4), None, targets, 1.0, None)
+    assert len(calls) == products
+    assert sum(shape[0] for shape in calls) == 600
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, AttributeError, RuntimeError])
+def test_a_decoder_that_cannot_be_run_alone_means_no_head(
+    error: type[Exception], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise error("not alone")
+
+    model = tiny("llama")
+    decoder = copy.copy(model.model)
+    decoder.forward = refuse
+    monkeypatch.setattr(model, "get_decoder", lambda: decoder)
+    assert find_head(model) is None
 
 
 def test_a_head_is_recognised_only_if_it_gives_the_models_logits(tiny: Tiny) -> None:

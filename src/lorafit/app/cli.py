@@ -116,7 +116,7 @@ def fine_tune(
     examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), training.seed)
     net, _ = load_model(**base(model))
     torch.manual_seed(training.seed)  # the start of A
-    plan = load_lora(net, model.adapter) if model.adapter else add_lora(net, lora)
+    plan = load_lora(net, model.adapter, force_base=model.force_base) if model.adapter else add_lora(net, lora)
     console.print(f"{plan}\n{rows.summary(examples, held_out)}")
     batches = rows.make_batches(examples, data, seed=training.seed)
     evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
@@ -155,7 +155,7 @@ def evaluate(model: ModelConfig, data: DataConfig, seed: SeedConfig) -> None:
 
     examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), seed.seed)
     batches = rows.make_batches(held_out or examples, data, shuffle=False)
-    net, _ = load_model(**base(model), adapter=model.adapter)
+    net, _ = load_model(**with_adapter(model))
     with lora_disabled(net):
         losses = {"base model": loop.evaluate(net, batches)}
     if model.adapter:
@@ -173,7 +173,7 @@ def chat(model: ModelConfig, talk: TalkConfig, answers: AnswerConfig) -> None:
     from lorafit.model.generate import stream
     from lorafit.model.load import load_model
 
-    net, tokenizer = load_model(**base(model), adapter=model.adapter)
+    net, tokenizer = load_model(**with_adapter(model))
     signals.keyboard()
     opening = [{"role": "system", "content": talk.system}] if talk.system else []
     messages, adapted = list(opening), model.adapter is not None
@@ -218,7 +218,7 @@ def merge(model: ModelConfig, out: OutConfig) -> None:
 
     check_replaceable(out.out, replaces=())
     net: Any
-    net, tokenizer = load_model(**base(model), adapter=model.adapter)
+    net, tokenizer = load_model(**with_adapter(model))
     need_space(Path(out.out), sum(p.nbytes for p in net.parameters()))
     before = probe(net, tokenizer)
     merge_lora(net)
@@ -247,7 +247,9 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedCo
 
     console = make_console()
     skeleton = load_skeleton(**base(model))
-    plan = load_lora(skeleton, model.adapter) if model.adapter else add_lora(skeleton, lora)
+    plan = (
+        load_lora(skeleton, model.adapter, force_base=model.force_base) if model.adapter else add_lora(skeleton, lora)
+    )
     console.print(str(plan))
     if not data.data:
         console.print(estimate(skeleton, data.batch_size * data.max_length))
@@ -288,6 +290,11 @@ def source(model: ModelConfig) -> dict[str, Any]:
 def base(model: ModelConfig) -> dict[str, Any]:
     """The same with its precision and device."""
     return {**source(model), "dtype": model.dtype, "device": model.device}
+
+
+def with_adapter(model: ModelConfig) -> dict[str, Any]:
+    """The same with its adapter."""
+    return {**base(model), "adapter": model.adapter, "force_base": model.force_base}
 
 
 def make_console() -> Any:

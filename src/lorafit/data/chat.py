@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.data.messages import BREAK, ROLES, THOUGHT, Message, call_of, checked, function_of, said, short
+from lorafit.data.sandbox import Exhausted, Program
 from lorafit.errors import DataError, UsageError
 
 IGNORE = -100
@@ -132,14 +133,10 @@ class ChatTemplate:
     """A tokenizer's chat template, compiled once, with what has been found out about it by asking it."""
 
     def __init__(self, tokenizer: Any, template: str | None = None, *, with_tools: bool = False) -> None:
-        # The sandbox in which transformers renders templates. Called here without its wrapper, because that lets
-        # nobody set the date.
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
         self.tokenizer = tokenizer
         self.name, self.text = template_text(tokenizer, template, with_tools)
         try:
-            self._template = _compile_jinja_template(self.text)
+            self._template = Program(self.text, DATE)
         except Exception as error:
             raise UsageError(f"{self.name} is not a Jinja template: {_first_line(error)}") from None
         self._ids = _Continue(tokenizer)
@@ -189,9 +186,10 @@ class ChatTemplate:
                 tools=tools,
                 documents=None,
                 add_generation_prompt=prompt,
-                strftime_now=DATE.strftime,
                 **self.tokenizer.special_tokens_map,
             )
+        except Exhausted as error:
+            raise Exhausted(f"{self.name} {error}: use another chat_template") from None
         except Exception as error:
             raise DataError(f"{self.name} does not take this conversation: {_first_line(error)}") from None
         return text

@@ -20,6 +20,7 @@ from torch import nn
 
 from lorafit.config import LoraConfig, Names
 from lorafit.errors import NumericError, UsageError, listing, nearest
+from lorafit.lora.identity import adapter_digest, note_merged
 from lorafit.lora.inits import INITS
 from lorafit.lora.layers import VARIANTS, LoraEmbedding, LoraLinear, TrainedCopy
 from lorafit.lora.weights import is_readable, read_weight, write_weight
@@ -196,8 +197,8 @@ def _select(model: nn.Module, layers: Mapping[str, nn.Module], config: LoraConfi
 
 def _trained_modules(modules: Mapping[str, nn.Module], patterns: tuple[str, ...], strict: bool) -> dict[str, nn.Module]:
     found = {name: module for name, module in modules.items() if patterns and matches(patterns, name)}
-    idle = [entry for entry in patterns if not any(matches((entry,), name) for name in modules)]
-    if idle and strict:
+    idle = [entry for entry in patterns if strict and not any(matches((entry,), name) for name in modules)]
+    if idle:
         raise UsageError(_no_match("train_modules", idle, modules))
     return {name: m for name, m in found.items() if not name.startswith(tuple(f"{n}." for n in found if n != name))}
 
@@ -223,7 +224,8 @@ def _no_match(what: str, patterns: Iterable[str], names: Iterable[str]) -> str:
     names = list(names)
     endings = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
     known = [*endings, *names, "all-linear"] if what == "target" else [*endings, *names]
-    wrong = listing(f"'{pattern}'{nearest(pattern, known)}" for pattern in patterns)
+    patterns = list(patterns)
+    wrong = listing([*(f"'{pattern}'{nearest(pattern, known)}" for pattern in patterns[:6]), *patterns[6:]])
     return f"{what} {wrong} matches no layer of the model; its layers end in {listing(endings, 12)}"
 
 
@@ -360,6 +362,17 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
             yield name, module
 
 
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's own parameters and buffers: the layer's name in the plain model + the tensor's in the layer."""
+    state = {}
+    for name, layer in wrappers(model):
+        inner = layer.trained if isinstance(layer, TrainedCopy) else layer
+        for key, tensor in inner.state_dict(keep_vars=True).items():
+            if not key.startswith("base_layer."):
+                state[f"{name}.{key}"] = tensor
+    return state
+
+
 @contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is the base model, bit for bit."""
@@ -388,7 +401,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
     All or nothing: NumericError names every layer whose sum is not finite, and nothing has been changed then.
     A tied weight (embedding and head in one) is untied first, so that the other end keeps what it had, and
-    the configuration says so.
+    the configuration says so. It also remembers the adapter, so that `load_lora` does not put it in twice.
     """
     found = list(wrappers(model))
     if not found:
@@ -398,6 +411,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     bad = [name for name, layer in found if not _all_finite(layer)]
     if bad:
         raise NumericError(f"merging would write NaN or infinity into {listing(bad)}; nothing was changed")
+    digest = adapter_digest(adapter_state(model))
     owners: dict[int, set[str]] = defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].add(name)
@@ -410,6 +424,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
         model.set_submodule(name, plain)
     if untied:
         _declare_untied(model)
+    note_merged(model, digest)
     _forget(model)
     return model
 

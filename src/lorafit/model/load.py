@@ -33,8 +33,12 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     adapter: str | Path | None = None,
+    force_base: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """The causal LM `name` (hub name, folder or .gguf file) ready for inference, and its tokenizer."""
+    """The causal LM `name` (hub name, folder or .gguf file) ready for inference, and its tokenizer.
+
+    `adapter` is loaded on top; `force_base` as in `load_lora`.
+    """
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
     where, options = _source(name, revision, trust_remote_code)
@@ -50,7 +54,7 @@ def load_model(
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{name}: {len(missing)} weights are missing from its files: {listing(missing)}")
     if adapter is not None:
-        load_lora(model, adapter, trainable=False)
+        load_lora(model, adapter, trainable=False, force_base=force_base)
     return model.eval(), tokenizer
 
 

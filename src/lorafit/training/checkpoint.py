@@ -39,7 +39,8 @@ from lorafit.files import (
     write_tensors,
     write_text,
 )
-from lorafit.lora.inject import attached
+from lorafit.lora.identity import base_fingerprint, other_base
+from lorafit.lora.inject import attached, plain_modules
 from lorafit.training.run import Record, Run, check_finite
 
 TENSORS, RUN = "tensors.safetensors", "run.json"
@@ -102,6 +103,7 @@ class Checkpoints:
         with new_folder(target, about=environment(self.run.model)) as folder:
             write_tensors(folder / TENSORS, tensors)
             facts["settings"] = settings(self.run, self.evaluation)
+            facts["base"] = base_fingerprint(self.run.model, _adapted_layers(self.run.model))
             write_text(folder / RUN, json.dumps(facts, allow_nan=False))
         self.saved, self.last = self.run.taken, time.monotonic()
         for old in state_folders(self.folder)[: -self.run.config.keep_checkpoints]:
@@ -115,6 +117,8 @@ class Checkpoints:
             raise CheckpointError(
                 f"{path}: this run began with other settings: {listing(changed, 4)}; give the same, or begin a new run"
             )
+        if difference := other_base(facts.pop("base"), self.run.model, _adapted_layers(self.run.model)):
+            raise CheckpointError(f"{path}: this run was begun on another base model ({difference})")
         about, here = read_manifest(path) or {}, environment(self.run.model)
         moved = [f"{name} {about.get(name)}, here {here[name]}" for name in here if about.get(name) != here[name]]
         if moved:
@@ -169,6 +173,11 @@ def settings(run: Run, evaluation: Batches | None) -> dict[str, Any]:
     }
     plain: dict[str, Any] = json.loads(json.dumps(described))
     return plain
+
+
+def _adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    found, modules = attached(model), plain_modules(model)
+    return {target.name: modules[target.name] for target in found.plan.targets} if found else {}
 
 
 def _digest_rows(batches: Batches) -> str:
