@@ -27,8 +27,10 @@ TESTS = {
     "training/loss.py": ("training/test_loss.py",),
     "data/chat.py": ("data/test_chat.py", "data/test_templates.py"),
     "data/batches.py": ("data/test_batches.py",),
-    "files.py": ("test_files.py",),
+    "files.py": ("test_files.py", "test_reliability.py"),
     "adapter/peft_format.py": ("adapter/test_peft_format.py", "test_peft_parity.py"),
+    "adapter/peft_config.py": ("adapter/test_peft_config.py", "adapter/test_peft_format.py", "test_peft_parity.py"),
+    "adapter/weights_file.py": ("adapter/test_weights_file.py", "adapter/test_peft_format.py"),
 }
 
 
@@ -54,6 +56,8 @@ EXPLAINED = (
         "where the shapes differ, so do the vocabularies, and the subtraction behind it is refused all the same"),
     Explained("training/loss.py", "use_cache=False).logits[0]", "use_cache=False).logits[-1]",
         "the hook has made it a batch of one"),
+    Explained("adapter/peft_format.py", "else dtype == self.dtype", "else dtype is self.dtype",
+        "torch has one object for each type"),
     *(Explained("training/loss.py", "256 * 2**20", size, "the size of a chunk is a matter of memory and speed")
       for size in ("257 * 2**20", "255 * 2**20", "256 * 2**21", "256 * 2**19", "256 * 3**20")),
 )  # fmt: skip
@@ -163,6 +167,8 @@ def _closed(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
             inner = [node.returns]
         elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             inner = [*node.exc.args]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "listing":
+            inner = [*node.args]  # for a message, too
         for part in inner:
             if part is not None:
                 assert part.end_lineno is not None and part.end_col_offset is not None  # noqa: PT018

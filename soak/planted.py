@@ -260,7 +260,7 @@ BUGS = (
     Bug("a step taken twice", "training/run.py", 'facts["step"], facts["pending"], facts["bad"]',
         'facts["step"], None, facts["bad"]', RESUME),
     Bug("weights that are not finite are saved", "training/run.py", "if not tensor.isfinite().all()]",
-        "if not tensor.isfinite().any()]", RESUME),
+        "if not tensor.isfinite().any()]", NUMBERS),
     Bug("a damaged state gone on from", "training/checkpoint.py", "        if not problems:\n", "        if True:\n",
         RESUME),
     Bug("other settings gone on with", "training/checkpoint.py", "        if changed:\n", "        if False:\n",

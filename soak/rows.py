@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
@@ -94,14 +94,13 @@ class File(NamedTuple):
 
 
 class Damaged(NamedTuple):
-    """The bytes of a file after something was done to row `row`. What can be read of it must be what it was: all rows
-    (`same`), those before the row (`cut`), or those before and those behind it.
+    """The bytes of a file after something was done to row `row`, and which rows must be what they were if it is read:
+    the others, those before it, all of them, or none.
     """
 
     raw: bytes
     row: int
-    same: bool = False
-    cut: bool = False
+    kept: Literal["others", "before", "all", "none"] = "others"
 
 
 def run(case: int, folder: Path) -> str | None:
@@ -120,7 +119,7 @@ def run(case: int, folder: Path) -> str | None:
             return f"{what}: {wrong}"
     if isinstance(checked, DataError) and str(checked) != str(found):
         return f"{what}: without a tokenizer it says {str(checked)!r}, with one {str(found)[:300]!r}"
-    return None if isinstance(found, DataError) else changed(what, file, damaged, [e for row in found for e in row])
+    return None if isinstance(found, DataError) else changed(what, file, damaged, flat(found))
 
 
 def outcome_of(read: Callable[[Path], Any], path: Path) -> Any:
@@ -143,17 +142,17 @@ def wrong_refusal(outcome: Any, path: Path) -> str | None:
 
 def changed(what: str, file: File, damaged: Damaged, found: list[Example]) -> str | None:
     """Whether a row that was not damaged is read in another way than before."""
-    before = [example for row in file.examples[: damaged.row] for example in row]
-    if damaged.same:
-        return (
-            None
-            if found == [example for row in file.examples for example in row]
-            else f"{what}: read, but not as it was"
-        )
-    rest = [] if damaged.cut else file.examples[damaged.row + 1 :]
-    after = [example for row in rest for example in row]
+    whole, before = flat(file.examples), flat(file.examples[: damaged.row])
+    after = flat(file.examples[damaged.row + 1 :]) if damaged.kept == "others" else []
+    if damaged.kept == "all":
+        return None if found == whole else f"{what}: read, but not as it was"
     kept = found[: len(before)] == before and found[len(found) - len(after) :] == after
-    return None if kept and len(found) >= len(before + after) else f"{what}: another row has changed"
+    intact = damaged.kept == "none" or (kept and len(found) >= len(before + after))
+    return None if intact else f"{what}: another row has changed"
+
+
+def flat(rows: list[list[Example]]) -> list[Example]:
+    return [example for row in rows for example in row]
 
 
 # --- damage -----------------------------------------------------------------------------------------
@@ -192,23 +191,28 @@ def damaged_bytes(draw: random.Random, file: File, kind: str, row: int) -> Damag
 def cut_off(draw: random.Random, file: File, kind: str, row: int) -> Damaged:
     """The file ends within the row."""
     if kind == "parquet" or kind.endswith(".gz"):
-        return Damaged(file.raw[: draw.randrange(len(file.raw))], 0, same=True)
+        return Damaged(file.raw[: draw.randrange(len(file.raw))], row, "all")
     start = file.raw.index(file.pieces[row])
-    return Damaged(file.raw[: start + draw.randrange(len(file.pieces[row]))], row, cut=True)
+    return Damaged(file.raw[: start + draw.randrange(len(file.pieces[row]))], row, "before")
 
 
 def damaged_around(draw: random.Random, file: File, kind: str, row: int) -> Damaged:
-    """A byte is damaged that belongs to no row: of a packed file (a checksum tells), or of a header."""
+    """Bytes are damaged that belong to no row: of a packed file (a checksum tells), or of a header."""
+    raw = file.raw
     if kind == "parquet" or kind.endswith(".gz"):
-        raw = file.raw
+        # What a Parquet file says about itself stands at its end, without a checksum.
+        end = len(raw) if kind != "parquet" else len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
+        if end < len(raw) and draw.random() < 0.5:
+            return Damaged(raw[:end] + scratched(draw, raw[end:]), row, "none")
+        packed = raw[:end]
         for _ in range(draw.choice((1, 1, 2, 5))):
-            raw = scratched(draw, raw)
-        return Damaged(raw, row, same=True)
-    start = file.raw.index(file.pieces[0])
+            packed = scratched(draw, packed)
+        return Damaged(packed + raw[end:], row, "all")
+    start = raw.index(file.pieces[0])
     if not start:
         return damaged_bytes(draw, file, kind, row)
     at = draw.randrange(start)
-    return Damaged(file.raw[:at] + bytes([draw.randrange(256)]) + file.raw[at + 1 :], row, same=True)
+    return Damaged(raw[:at] + bytes([draw.randrange(256)]) + raw[at + 1 :], row, "all")
 
 
 def altered(draw: random.Random, value: Any) -> Any:

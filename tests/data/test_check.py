@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -82,6 +84,13 @@ def test_csv_is_what_pythons_csv_writes(tmp_path: Path, quoting: int, rows: list
     if all(row != header and row[0][:1] != "\ufeff" for row in rows):
         assert [row for _, row in found] == [dict(zip(header, row, strict=True)) for row in rows]
         assert [line for line, _ in found] == [str(2 + k + before) for k, before in enumerate(breaks)]
+
+
+def test_objects_in_parquet_have_no_keys_of_their_neighbours(tmp_path: Path) -> None:
+    calls = [{"role": "assistant", "tool_calls": [{"name": name, "arguments": {name: 1}}]} for name in ("f", "g")]
+    rows = [{"messages": [USER, call], "id": None} for call in calls]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [row for _, row in find_rows(tmp_path / "a.parquet")] == rows
 
 
 def test_odd_but_right_files_are_read(tmp_path: Path) -> None:

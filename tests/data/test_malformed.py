@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import soak.rows
 from lorafit.data import formats
 from lorafit.data.check import check_rows
 from lorafit.data.read import read_examples
+from lorafit.data.rows import find_rows
 from lorafit.errors import DataError
 
 ALPACA = [{"instruction": f"Name {k}", "input": "é", "output": f"It is {k}, yes."} for k in range(5)]
@@ -432,7 +434,21 @@ def test_parquet_that_unpacks_to_too_much_is_refused(
     for texts in (many, many.dictionary_decode(), pyarrow.nulls(20_000, pyarrow.string()), ["x" * 2**21]):
         parquet_file(pyarrow.table({"text": texts}), path, compression="zstd")
         assert path.stat().st_size < 2**12
-        assert refusal(path, tokenizer).startswith(f"{path}: unpacks to more than 200 times its size and 1 MiB")
+        assert refusal(path, tokenizer).startswith(f"{path}: unpacks to more than 1,048,576 bytes")
+
+
+def test_parquet_with_any_byte_damaged_is_what_it_was_or_refused(tmp_path: Path) -> None:
+    """With checksums in its pages, as here; there is none over what the file says about itself."""
+    path, rows = tmp_path / "a.parquet", [{"text": f"a {k}"} for k in range(5)]
+    parquet_file(rows, path, write_page_checksum=True)
+    raw, read = path.read_bytes(), 0
+    for at in range(len(raw)):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << at % 4]) + raw[at + 1 :])
+        with suppress(DataError):
+            assert check_rows(path).rows == len(rows)
+            assert [row for _, row in find_rows(path)] == rows
+            read += 1
+    assert read < len(raw) / 2
 
 
 def test_parquet_with_a_column_twice_is_refused(tmp_path: Path, tokenizer: Any) -> None:
@@ -448,9 +464,11 @@ def test_a_gzip_bomb_is_refused(tmp_path: Path, tokenizer: Any, monkeypatch: pyt
     path.write_bytes(gzip.compress(b'{"text": "a"}'.ljust(2**16)))
     assert len(read_examples(path, tokenizer)) == 1
     path.write_bytes(gzip.compress(b'{"text": "a"}'.ljust(2**16 + 1)))
-    assert refusal(path, tokenizer).startswith(f"{path}: unpacks to more than 200 times its size and 0 MiB")
+    assert refusal(path, tokenizer).startswith(f"{path}: unpacks to more than 65,536 bytes")
     path.write_bytes(gzip.compress(b'{"text": "a"}'.ljust(2**16 + 1), compresslevel=0))
     assert len(read_examples(path, tokenizer)) == 1
+    monkeypatch.setattr(formats, "memory", lambda: 2**18)
+    assert refusal(path, tokenizer).startswith(f"{path}: unpacks to more than 65,536 bytes")
 
 
 # --- what is not malformed -------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 
 import importlib.util
 import sys
+from contextlib import suppress
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -231,6 +232,35 @@ def test_rendering_is_transformers_own(path: Path, byte_tokenizer: Any) -> None:
             if theirs is not None:
                 views = [chat._view(message) for message in checked(messages)]
                 assert chat.render(views, [TOOL] if case == "tools" else None, prompt=prompt) == theirs
+
+
+LENGTHS = {"a megabyte": (200, 5000), "many messages": (200, 10)}
+
+
+def lengthy(case: str, count: int, length: int) -> list[dict[str, Any]]:
+    """`case` again and again, `count` messages in all, each of `length` characters."""
+    text = ("word, <b>and</b>\n" * length)[:length]
+    repeated = (CASES[case] * count)[:count] if case != "tools" else [user("Q"), *[CALL, RESULT] * (count // 2)]
+    return [message | ({"content": text} if message["content"] else {}) for message in repeated]
+
+
+@pytest.mark.parametrize("path", templates(), ids=lambda path: path.stem)
+def test_long_conversations_take_half_of_their_steps_at_most(path: Path, byte_tokenizer: Any) -> None:
+    chat = ChatTemplate(byte_tokenizer(path.read_text()), with_tools=True)
+    for case in ("two turns", "thinking", "tools"):
+        for length in LENGTHS.values():
+            views = [chat._view(message) for message in checked(lengthy(case, *length))]
+            with suppress(DataError):  # which ones are refused, the table says
+                chat.render(views, [TOOL] * 20 if case == "tools" else None)
+            budget = chat._template.budget
+            assert budget.allowed - budget.left < 0.5 * budget.allowed, (case, length)
+
+
+def test_a_thousand_messages_and_a_megabyte_pass(byte_tokenizer: Any) -> None:
+    """Where a template looks back from every message: of those in TRL, the most wasteful one."""
+    (path,) = [path for path in templates() if path.stem == "gptoss"] or pytest.skip("trl is not installed")
+    chat = ChatTemplate(byte_tokenizer(path.read_text()))
+    assert len(chat.render([chat._view(message) for message in checked(lengthy("tools", 1000, 1000))])) > 500_000
 
 
 @pytest.mark.parametrize("path", templates(), ids=lambda path: path.stem)

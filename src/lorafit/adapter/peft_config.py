@@ -28,7 +28,8 @@ from lorafit.lora.inject import Plan
 CONFIG = "adapter_config.json"
 LONGEST_FILE = 2**20
 MOST_NAMES, LONGEST_NAME, LONGEST_PATTERN = 20_000, 1000, 100_000
-LARGEST_ALPHA = 1e9  # the scale has to stay finite in fp32
+LARGEST_NUMBER = 10**9
+LARGEST_ALPHA = 65_504  # the scale has to be finite in fp16
 MATCHING_SECONDS = 2.0  # of the processor, for one field
 MATCHING_MEMORY = 8 * 2**20  # where 2000 layers with a pattern each take one second
 
@@ -44,7 +45,7 @@ class Kind(NamedTuple):
 
 
 def _whole(value: Any, least: int = 1) -> bool:
-    return type(value) is int and value >= least
+    return type(value) is int and least <= value <= LARGEST_NUMBER
 
 
 def _alpha(value: Any) -> bool:
@@ -73,17 +74,17 @@ _names = _list_of(lambda value: isinstance(value, str) and 0 < len(value) <= LON
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a text", _text)
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
-WHOLE = Kind("a whole number of at least 1", _whole)
+WHOLE = Kind(f"a whole number from 1 to {LARGEST_NUMBER:,}", _whole)
 SHARE = Kind("a number of at least 0 and below 1", lambda value: type(value) in (int, float) and 0 <= value < 1)
-ALPHA = Kind(f"a number greater than 0 and at most {LARGEST_ALPHA:g}", _alpha)
+ALPHA = Kind(f"a number greater than 0 and at most {LARGEST_ALPHA:,}", _alpha)
 NAMES = Kind(f"a list of at most {MOST_NAMES:,} names", _names)
 PATTERN = Kind(f"a pattern or a list of at most {MOST_NAMES:,} names", lambda value: _text(value) or _names(value))
 BLOCKS = Kind(
     "a block number or a list of them", lambda value: _whole(value, 0) or _list_of(lambda n: _whole(n, 0))(value)
 )
 INIT = Kind("true, false or the name of an initialisation", lambda value: isinstance(value, bool) or _text(value))
-RANKS = Kind("an object of whole numbers of at least 1", _map_to(_whole))
-ALPHAS = Kind(f"an object of numbers greater than 0 and at most {LARGEST_ALPHA:g}", _map_to(_alpha))
+RANKS = Kind(f"an object of whole numbers from 1 to {LARGEST_NUMBER:,}", _map_to(_whole))
+ALPHAS = Kind(f"an object of numbers greater than 0 and at most {LARGEST_ALPHA:,}", _map_to(_alpha))
 
 # Every field PEFT 0.21 writes, with the value it has in a plain LoRA adapter; null is that value, too, but for NEEDED.
 # These are read:

@@ -22,16 +22,15 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.data.messages import BREAK, ROLES, THOUGHT, Message, call_of, checked, function_of, said, short
-from lorafit.data.sandbox import Exhausted, Program
+from lorafit.data.prices import Exhausted
+from lorafit.data.sandbox import LONGEST, Program
 from lorafit.errors import DataError, UsageError
 
 IGNORE = -100
@@ -113,7 +112,8 @@ def template_text(tokenizer: Any, template: str | None = None, with_tools: bool 
         return "the chat template 'plain'", PLAIN
     if template is not None:
         try:
-            return f"the chat template {template}", Path(template).read_text(encoding="utf-8")
+            with open(template, encoding="utf-8") as file:
+                return f"the chat template {template}", file.read(LONGEST + 1)  # one too many is refused below
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(
                 f"chat_template {template!r} is neither 'plain' nor a file that can be read: {error}"
@@ -158,9 +158,12 @@ class ChatTemplate:
         call = {"role": "assistant", "tool_calls": [call_of({"name": "f", "arguments": {"a": _PROBE}}, "probe")]}
 
         def shown(*messages: Message, prompt: bool = False) -> str:
-            with suppress(DataError):
+            try:
                 return self.render([self._view(message) for message in messages], prompt=prompt)
-            return ""
+            except Exhausted:  # it would be no better with another question
+                raise
+            except DataError:
+                return ""
 
         # Templates of vision models show text only where it comes as a list of parts.
         for self._parts in (False, True, False):

@@ -8,6 +8,7 @@ Whatever a file holds, a row is yielded or an error is said.
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ Row = tuple[str, Any]
 
 # A file of a few bytes can be made to fill the memory. Text packs to a tenth, seldom to a hundredth of its size.
 UNPACKS_TO = 200
-"""A packed file may hold so many times its size,"""
+"""A packed file may hold so many times its size, if the memory allows it,"""
 UNPACKS_ANYWAY = 64 * 2**20
 """and so many bytes in any case."""
 
@@ -72,19 +73,29 @@ def _bytes(path: Path) -> bytes:
 def _unpacked(raw: bytes, path: Path) -> bytes:
     if raw and not raw.startswith(b"\x1f\x8b"):
         raise DataError(f"{path}: not compressed with gzip: take .gz off its name")
-    limit = max(UNPACKS_TO * len(raw), UNPACKS_ANYWAY)
+    most = _most(path)
     with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
-        unpacked = file.read(limit + 1)
-    if len(unpacked) > limit:
-        raise _too_much(path)
+        unpacked = file.read(most + 1)
+    _check_size(path, len(unpacked), most)
     return unpacked
 
 
-def _too_much(path: Path) -> DataError:
-    return DataError(
-        f"{path}: unpacks to more than {UNPACKS_TO} times its size and {UNPACKS_ANYWAY >> 20} MiB, as no text does: "
-        "if you want it all the same, unpack it to a .jsonl file"
-    )
+def _most(path: Path) -> int:
+    """How many bytes may be in a packed file."""
+    return min(max(UNPACKS_TO * path.stat().st_size, UNPACKS_ANYWAY), memory() // 4)
+
+
+def _check_size(path: Path, size: int, most: int) -> None:
+    if size > most:
+        raise DataError(
+            f"{path}: unpacks to more than {most:,} bytes, which is {UNPACKS_TO} times its size or a quarter of the "
+            "memory: if that is right, split it, and unpack it to .jsonl files"
+        )
+
+
+def memory() -> int:
+    """The bytes of memory this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _decoded(raw: bytes) -> str | tuple[int, int, DataError]:
@@ -134,9 +145,11 @@ def _lines(raw: bytes, path: Path) -> Iterator[Row]:
 
 def _is_spread(raw: bytes) -> bool:
     """Whether the file begins with an object that is whole, but not on its first line."""
-    if raw.lstrip()[:1] != b"{" or isinstance(_decoded(raw.lstrip().split(b"\n", 1)[0]), tuple):
+    raw = raw.lstrip()
+    first = _decoded(raw[: raw.find(b"\n") + 1])
+    if isinstance(first, tuple) or not first.startswith("{") or is_json(first):
         return False
-    text = raw.decode("utf-8", errors="replace").lstrip()
+    text = raw.decode("utf-8", errors="replace")
     try:
         return "\n" in text[: decode_at(text, 0)[1]]
     except (ValueError, RecursionError):
@@ -151,7 +164,7 @@ def _json(path: Path) -> Iterator[Row]:
         yield f"{path}:{text[0]}:{text[1]}", text[2]
         return
     at = _blank(text, 0)
-    if text[at : at + 1] == "{" and (is_json(text[at:].split("\n", 1)[0]) or not is_json(text)):
+    if text[at : at + 1] == "{" and not ("\n" in text[at:].rstrip() and is_json(text)):
         yield from _lines(raw, path)
         return
     if text[at : at + 1] != "[":
@@ -313,17 +326,14 @@ def _present(value: Any) -> Any:
 
 
 def _unpacked_rows(file: Any, path: Path) -> list[Any]:
-    limit, about = max(UNPACKS_TO * path.stat().st_size, UNPACKS_ANYWAY), file.metadata
-    size = sum(about.row_group(k).total_byte_size for k in range(about.num_row_groups))
-    if size > limit:
-        raise _too_much(path)
+    most, about = _most(path), file.metadata
+    _check_size(path, sum(about.row_group(k).total_byte_size for k in range(about.num_row_groups)), most)
     size, rows = 0, []
     for batch in file.iter_batches(batch_size=64, use_threads=False):  # few: a long text may be stored once for all
         columns = [column.dictionary_decode() if hasattr(column, "indices") else column for column in batch.columns]
         batch = type(batch).from_arrays(columns, batch.schema.names)
         size += batch.nbytes + 64 * batch.num_rows  # a row costs memory, even an empty one
-        if size > limit:
-            raise _too_much(path)
+        _check_size(path, size, most)
         try:
             rows += batch.to_pylist()
         except ValueError:  # find out which rows it is

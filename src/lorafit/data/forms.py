@@ -95,7 +95,7 @@ def _unknown_form(columns: tuple[str, ...]) -> DataError:
 def _check_columns(columns: tuple[str, ...], form: str) -> None:
     """Refuse a row that lacks a column of `form`, or has one that looks like a misspelling of it."""
     required, optional = FORMS[form]
-    others = [column for column in columns if column not in (form, *required, *optional)][:1000]
+    others = [column for column in columns if column not in (form, *required, *optional)][:200]
     for column in (form, *required):
         if column not in columns:
             raise DataError(f"no column '{column}'{nearest(column, others)}: the row has {listing(columns) or 'none'}")

@@ -97,12 +97,12 @@ def call_of(call: Any, where: str) -> Message:
     function = function_of(call) if isinstance(call, Mapping) else {}
     if not isinstance(function.get("name"), str):
         raise DataError(f"{where}: a tool call must be an object with function.name and function.arguments")
-    what = f"{where}: the arguments of the call of {short(function['name'])}"
+    wrong = f"{where}: the arguments of the call of {short(function['name'])} must be a JSON object"
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # OpenAI writes JSON in a string, templates want the object
-        arguments = from_json(arguments, what)
+        arguments = from_json(arguments, wrong)
     if not isinstance(arguments, Mapping):
-        raise DataError(f"{what} must be a JSON object")
+        raise DataError(wrong)
     check_whole([function["name"], arguments], f"{where}: its tool call")
     identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**identity, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}

@@ -7,7 +7,7 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import Any
 
-from lorafit.data.formats import READERS, Row, without_nulls
+from lorafit.data.formats import READERS, Row, memory, without_nulls
 from lorafit.data.messages import names, plain
 from lorafit.errors import DataError, UsageError, listing, nearest
 
@@ -31,9 +31,8 @@ def find_rows(data: str | Path | Iterable[Mapping[str, Any]]) -> Iterable[Row]:
         raise DataError(f"{name}: unknown kind of file: known are {listing(READERS, 20)}")
     if split not in ("", "train"):
         raise DataError(f"{name}: a file has no split '{split}': write {name}:[...] for a part of it")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if status.st_size > memory / 4:  # the rows of a file take several times its size
-        raise DataError(f"{name}: {status.st_size:,} bytes are too many for {memory:,} of memory: split the file")
+    if status.st_size > memory() // 4:  # the rows of a file take several times its size
+        raise DataError(f"{name}: {status.st_size:,} bytes are too many for {memory():,} of memory: split the file")
     rows = list(reader(path))
     chosen = rows[_slice(part, len(rows))]
     if rows and not chosen:
