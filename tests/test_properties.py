@@ -83,15 +83,19 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("variant", "targets"), FORMULAS)
 @TRIES
-@given(seed=SEEDS, r=st.integers(1, 9), alpha=st.floats(0.01, 99), rslora=st.booleans(), flags=st.integers(0, 31))
+@given(
+    seed=SEEDS,
+    config=st.fixed_dictionaries({
+        "r": st.integers(1, 9), "alpha": st.floats(0.01, 99), "dropout": st.floats(0, 0.9), "rslora": st.booleans()
+    }),
+    flags=st.integers(0, 31),
+)  # fmt: skip
 def test_saved_and_loaded_is_the_same_on_bits_and_taken_off_it_was_never_there(
     variant: str,
     targets: tuple[str, ...],
     dtype: torch.dtype,
     seed: int,
-    r: int,
-    alpha: float,
-    rslora: bool,
+    config: dict[str, Any],
     flags: int,
     shaken: Tiny,
     tmp_path_factory: pytest.TempPathFactory,
@@ -101,13 +105,16 @@ def test_saved_and_loaded_is_the_same_on_bits_and_taken_off_it_was_never_there(
     for number, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(bool(flags >> number & 1))
     before, raw = bits(model), model(TOKENS)
-    plan = add_lora(model, LoraConfig(variant=variant, targets=targets, r=r, alpha=alpha, rslora=rslora))
+    plan = add_lora(model, LoraConfig(variant=variant, targets=targets, **config))
     shaken(model, seed)
     adapter, adapted = trained(model), model(TOKENS)
     unload_lora(model, path)
     assert bits(model) == before
     assert torch.equal(model(TOKENS), raw)
-    assert load_lora(model, path).targets == plan.targets
+    loaded = load_lora(model, path)
+    assert loaded.targets == plan.targets
+    assert {name: getattr(loaded.config, name) for name in config} == config
+    assert loaded.config.variant == variant
     assert equal(trained(model), adapter)
     assert torch.equal(model(TOKENS), adapted)
     file = (path / "adapter_model.safetensors").read_bytes()

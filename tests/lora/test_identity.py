@@ -11,9 +11,10 @@ import transformers
 from torch import Tensor, nn
 
 from lorafit import LoraConfig, add_lora, load_lora, merge_lora, save_lora
+from lorafit.adapter.fingerprint import base_fingerprint, other_base
 from lorafit.errors import AdapterError
 from lorafit.lora import inject
-from lorafit.lora.identity import adapter_digest, base_fingerprint, merged_digests, other_base
+from lorafit.lora.identity import adapter_digest, merged_digests
 
 Tiny = Callable[..., Any]
 TARGETS = ("q_proj", "down_proj")

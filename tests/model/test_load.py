@@ -247,7 +247,7 @@ def test_gguf_is_the_model_it_was_made_from(tiny: Callable[..., nn.Module], tmp_
 def test_gguf_is_refused_where_transformers_guesses_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(transformers, "__version__", "5.22.9")
-    with pytest.raises(ModelError, match="GGUF files need transformers 5.23 or newer, not 5.22.9"):
+    with pytest.raises(ModelError, match=r"GGUF files need transformers 5\.23 or newer, not 5\.22\.9"):
         load_model(tmp_path / "tiny.gguf")
 
 

@@ -20,12 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorafit.adapter.fingerprint import base_fingerprint, other_base
 from lorafit.adapter.peft_config import CONFIG, describe, meaning, plan_for, read_config
 from lorafit.adapter.untrusted import explained, parse, shown
 from lorafit.adapter.weights_file import NAME, Entry, WeightsFile, open_weights
 from lorafit.errors import AdapterError, NumericError, UsageError, listing
 from lorafit.files import MANIFEST, damaged, new_folder, read_manifest, write_json, write_tensors
-from lorafit.lora import identity, inject
+from lorafit.lora import inject
+from lorafit.lora.identity import adapter_digest, merged_digests
 from lorafit.lora.inits import factor_dtype
 from lorafit.lora.inject import Plan
 from lorafit.lora.layers import VARIANTS, LoraEmbedding
@@ -59,7 +61,7 @@ def save_lora(model: nn.Module, path: str | Path, base_model: str | None = None)
         raise UsageError(f"a name in a file is of printable ASCII without blanks, not {listing(map(shown, strange))}")
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise NumericError(f"NaN or infinity in {listing(bad)}; nothing was written")
-    base = identity.base_fingerprint(model, _layers_under(model, found.plan))
+    base = base_fingerprint(model, inject.adapted_layers(model, found.plan))
     note = json.dumps({"base": base, "config": meaning(found.plan)}, sort_keys=True, separators=(",", ":"))
     target = Path(path)
     with new_folder(target, replaces=(WEIGHTS, CONFIG, "README.md")) as folder:
@@ -73,12 +75,6 @@ def unload_lora(model: nn.Module, path: str | Path | None = None) -> None:
     if path is not None:
         save_lora(model, path)
     inject.remove_lora(model)
-
-
-def _layers_under(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """The base layers that an adapter of this plan sits on."""
-    modules = inject.plain_modules(model)
-    return {name: modules[name] for name in [target.name for target in plan.targets] or plan.trained}
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -124,8 +120,8 @@ def _read(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[
             "copied from another base model": [n for n in repeated if not _repeats(copies[n], file, entries[n])],
         }
     _raise_if_any(problems, folder)
-    merged = identity.merged_digests(model)
-    if merged and identity.adapter_digest(tensors) in merged:
+    merged = merged_digests(model)
+    if merged and adapter_digest(tensors) in merged:
         raise AdapterError(f"{folder}: already merged into this model: load it on the model it was trained on")
     return plan, tensors
 
@@ -173,7 +169,7 @@ def _needed(model: nn.Module, plan: Plan) -> dict[str, _Slot]:
 
 def _copies(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """The base weights that a file may repeat: PEFT also writes the frozen matrix of an adapted embedding or head."""
-    layers = _layers_under(model, plan) if plan.targets else {}
+    layers = inject.adapted_layers(model, plan) if plan.targets else {}
     return {f"{name}.base_layer.{key}": own for name, layer in layers.items() for key, own in layer.named_parameters()}
 
 
@@ -212,7 +208,7 @@ def _check_origin(model: nn.Module, plan: Plan, file: WeightsFile, force_base: b
         note = parse(file.metadata[NOTE].encode())
         if not isinstance(note, dict):
             raise ValueError("no object")
-        difference = identity.other_base(note.get("base"), model, _layers_under(model, plan))
+        difference = other_base(note.get("base"), model, inject.adapted_layers(model, plan))
     if note.get("config") != meaning(plan):
         raise AdapterError(f"{folder}: {CONFIG} and {WEIGHTS} do not come from one save: take both from the same one")
     if difference and not force_base:

@@ -355,6 +355,12 @@ def attached(model: nn.Module) -> Attached | None:
     return found if isinstance(found, Attached) else None
 
 
+def adapted_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The base layers that an adapter of `plan` sits on, by name."""
+    modules = plain_modules(model)
+    return {name: modules[name] for name in [target.name for target in plan.targets] or plan.trained}
+
+
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
     """Every wrapped layer with its name in the plain model."""
     for name, module in model.named_modules():

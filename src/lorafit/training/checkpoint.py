@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lorafit.adapter.fingerprint import base_fingerprint, other_base
 from lorafit.config import as_dict
 from lorafit.data.batches import Batches
 from lorafit.errors import CheckpointError, Interrupted, listing
@@ -39,8 +40,7 @@ from lorafit.files import (
     write_tensors,
     write_text,
 )
-from lorafit.lora.identity import base_fingerprint, other_base
-from lorafit.lora.inject import attached, plain_modules
+from lorafit.lora.inject import adapted_layers, attached
 from lorafit.training.run import Record, Run, check_finite
 
 TENSORS, RUN = "tensors.safetensors", "run.json"
@@ -176,8 +176,8 @@ def settings(run: Run, evaluation: Batches | None) -> dict[str, Any]:
 
 
 def _adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    found, modules = attached(model), plain_modules(model)
-    return {target.name: modules[target.name] for target in found.plan.targets} if found else {}
+    found = attached(model)
+    return adapted_layers(model, found.plan) if found else {}
 
 
 def _digest_rows(batches: Batches) -> str:

@@ -1,0 +1,101 @@
+"""Which base model is it? An answer that survives precision, devices and versions.
+
+A base model lives in bf16 here and in fp32 there, so its fingerprint is no hash but holds values: a few facts of the
+architecture and some weights, sampled evenly from the layers that an adapter sits on and compared to the precision of
+bf16.
+"""
+
+import base64
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LAYERS, VALUES = 8, 16
+# bf16 rounds to 2^-8 of a value; twice that, and room for fp16's smallest numbers.
+RELATIVE, ABSOLUTE = 2.0**-7, 1e-7
+DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FACTS = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
+    "hidden_act", "hidden_activation", "activation_function",
+)  # fmt: skip
+SAME = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # one function, many names
+
+
+def base_fingerprint(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Facts of `model` and values of some weights of its `layers`, as JSON holds them.
+
+    Weights that are not plain floating-point numbers (quantised, sharded, on the meta device) are left out.
+    """
+    weights = dict(_dense_weights(layers))
+    values = {name: _packed(_sample(weights[name], VALUES)) for name in _spread(list(weights), LAYERS)}
+    return {"facts": _facts(model), "values": values}
+
+
+def other_base(fingerprint: Any, model: nn.Module, layers: Mapping[str, nn.Module]) -> str | None:
+    """How the base that `fingerprint` was taken of differs from `model`, in a few words; None if nothing speaks
+    against it.
+
+    The same base passes in another precision, on another device, with a resized vocabulary, tied or untied; what one
+    of the two does not know is not compared. Raises ValueError if `fingerprint` is not one.
+    """
+    facts, values = _unpacked(fingerprint)
+    ours, weights = _facts(model), dict(_dense_weights(layers))
+    for name, fact in facts.items():
+        if name in ours and not _same(fact, ours[name]):
+            return f"its {name} was {fact!r}, here it is {ours[name]!r}"
+    for name, was in values.items():
+        if name in weights:
+            now = _sample(weights[name], len(was))
+            if not torch.isclose(now, was, rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True).all():
+                return f"{name} has other values here"
+    return None
+
+
+def _facts(model: nn.Module) -> dict[str, str | int | float]:
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = {name: getattr(config, name, None) for name in FACTS}
+    return {name: SAME.get(str(v), v) for name, v in found.items() if isinstance(v, str | int | float)}
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(a == b) or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-6))
+
+
+def _dense_weights(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    for name, layer in layers.items():
+        for key, weight in layer.named_parameters(name):
+            plain = type(weight) is nn.Parameter and not weight.is_meta and weight.dtype in DENSE
+            if plain and weight.numel() and key.endswith("weight"):
+                yield key, weight.detach()
+
+
+def _spread(names: list[str], count: int) -> Iterable[str]:
+    """`count` of `names`, the first, the last and evenly between."""
+    last = len(names) - 1
+    return names if last < count else [names[i * last // (count - 1)] for i in range(count)]
+
+
+def _sample(weight: Tensor, count: int) -> Tensor:
+    """`count` values of `weight`, the first, the last and evenly between, in fp32."""
+    places = torch.arange(count) * (weight.numel() - 1) // max(count - 1, 1)
+    return weight[torch.unravel_index(places.to(weight.device), weight.shape)].float().cpu()
+
+
+def _packed(values: Tensor) -> str:
+    return base64.b64encode(values.numpy().tobytes()).decode()
+
+
+def _unpacked(fingerprint: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        facts = {name: fingerprint["facts"][name] for name in FACTS if name in fingerprint["facts"]}
+        if not all(isinstance(fact, str | int | float) and len(str(fact)) <= 100 for fact in facts.values()):
+            raise ValueError("a fact is a short text or a number")
+        coded = {name: base64.b64decode(text, validate=True) for name, text in fingerprint["values"].items()}
+        return facts, {name: torch.frombuffer(bytearray(data), dtype=torch.float32) for name, data in coded.items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError("not the fingerprint of a base model") from error
