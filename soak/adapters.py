@@ -12,7 +12,7 @@ from lorafit.adapter.peft_format import FLOATS, WEIGHTS
 from lorafit.files import MANIFEST
 from lorafit.lora import inject
 from soak.headers import BYTE_EDITS, flip
-from soak.hostile import Files, differs, loaded, logits, ours, write
+from soak.hostile import Files, differs, loaded, ours, write
 
 NAME = "adapters"
 WHAT = "a mutated weights file loads as exactly what it is or is refused in one line; the model is else unchanged"
@@ -91,4 +91,4 @@ def unlike_the_file(model: Any, data: bytes) -> str:
     strange = [str(tensor.dtype) for tensor in plain.values() if tensor.dtype not in FLOATS]
     if strange:
         return f"the file's numbers are {strange[0]}"
-    return "" if logits(model).isfinite().all() else "its logits are not finite"
+    return ""

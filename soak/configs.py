@@ -24,7 +24,7 @@ from lorafit.lora import inject
 from lorafit.lora.layers import LoraLinear
 from soak.adapters import unlike_the_file
 from soak.headers import BYTE_EDITS, flip
-from soak.hostile import Files, Saved, base, differs, loaded, saved, write
+from soak.hostile import Files, Saved, base, differs, loaded, logits, saved, write
 
 NAME = "configs"
 WHAT = "a mutated adapter_config.json means what it says or is refused in one line; ours never means something else"
@@ -237,10 +237,12 @@ def disguise(rng: random.Random, file: Path) -> None:
 
 
 def unsaid(model: Any, files: Files) -> str:
-    """Where the scale of a layer is not what the fields say in PEFT's own reading of them; "" if nowhere.
+    """Where a result is no number, or the scale of a layer not what PEFT reads in the fields; "" if nowhere.
 
     Patterns that PEFT might be busy with forever are left out.
     """
+    if not logits(model).isfinite().all():
+        return "its logits are not finite"
     fields = json.loads(files[CONFIG])
     alphas = fields.get("alpha_pattern") or {}
     if not all(re.fullmatch(r"[\w.]*", key) for key in alphas):

@@ -35,7 +35,7 @@ STRANGE = (
 
 def span(rng: random.Random, data: bytes) -> tuple[int, int]:
     """A stretch of the data: half of the time in the header, and mostly a short one."""
-    end = 8 + header_length(data) if rng.random() < 0.5 else len(data)
+    end = min(8 + header_length(data), len(data)) if rng.random() < 0.5 else len(data)
     begin = rng.randrange(end) if end else 0
     return begin, min(begin + rng.choice((1, 1, 2, 4, 8, 64, 1024)), len(data))
 
@@ -134,14 +134,14 @@ def edit_field(rng: random.Random, items: Header, values: bytes) -> tuple[Header
         return items, values
     name, entry = items[place]
     entry, field = dict(entry), rng.choice(("dtype", "shape", "data_offsets", "more"))
-    old = entry.get(field)
+    some = entry[field] if isinstance(entry.get(field), list) else []
     if field == "dtype":
         entry[field] = rng.choice(DTYPES)
-    elif isinstance(old, list) and old and rng.random() < 0.8:
-        entry[field] = list(old)
-        entry[field][rng.randrange(len(old))] = rng.choice((*NUMBERS, old[0], old[-1]))
+    elif some and rng.random() < 0.8:
+        entry[field] = list(some)
+        entry[field][rng.randrange(len(some))] = rng.choice((*NUMBERS, some[0], some[-1]))
     else:
-        entry[field] = rng.choice((*NUMBERS, [1] * 9, [0], list(reversed(old or [])), [*(old or []), 1]))
+        entry[field] = rng.choice((*NUMBERS, [1] * 9, [0], some[::-1], [*some, 1]))
     if rng.random() < 0.1:
         del entry[rng.choice(list(entry))]
     return [*items[:place], (name, entry), *items[place + 1 :]], values

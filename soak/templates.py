@@ -9,7 +9,7 @@ import importlib.util
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lorafit.data.chat import ChatTemplate, Example
+from lorafit.data.control import ESCAPED
 from lorafit.data.messages import BREAK, THOUGHT
 from lorafit.errors import DataError
 
@@ -33,9 +34,12 @@ WORD = re.compile(r"word\d+x")
 TAG = re.compile(r"</?[a-z_]+>")
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 NORMALIZERS: tuple[Callable[[], Any] | None, ...] = (None, None, None, normalizers.NFKC, normalizers.Lowercase)
-WIDE = str.maketrans("<>|[]/_abcdefghijklmnopqrstuvwxyz", "＜＞｜［］／＿ａｂｃｄｅｆｇｈｉｊｋｌｍｎｏｐｑｒｓｔｕｖｗｘｙｚ")
+WIDE = {code: code + 0xFEE0 for code in range(ord("!"), ord("~"))}  # letters that NFKC makes the usual ones of
 OTHER = str.maketrans("aceopxy", "асеорху")  # Cyrillic letters that look the same
-PLAIN = ("a word", "naïve 日本語", "x < y | z > 0", "100% {} {0} %s", "line\nline", '"quoted" \\n', "👩‍🚀", "<", ">", "|", "/", "{{ 1 }}")
+PLAIN = (
+    *("a word", "naïve 日本語", "x < y | z > 0", "100% {} {0} %s", "line\nline", '"quoted" \\n', "👩‍🚀", "{{ 1 }}"),
+    *("<", ">", "|", "/"),
+)
 
 
 @cache
@@ -72,8 +76,8 @@ def chat_for(path: Path, kind: int, with_tools: bool) -> ChatTemplate:
 class Writer:
     """Writes text for a place of a conversation: a word that is found again, and what is hostile around it."""
 
-    def __init__(self, seed: int, tokenizer: Any, hostile: bool) -> None:
-        self.random, self.hostile, self.number = random.Random(seed), hostile, 0
+    def __init__(self, seed: int, tokenizer: Any, hostile: bool, names: Set[str]) -> None:
+        self.random, self.hostile, self.names, self.number = random.Random(seed), hostile, names, 0
         added = list(tokenizer.added_tokens_decoder.values())
         special = sorted(token.content for token in added if token.special and token.content not in THOUGHT)
         # An assistant may write tokens that are not special and thoughts; of these only nobody else may make use.
@@ -83,9 +87,14 @@ class Writer:
         """Words that start and end with something visible."""
         self.number += 1
         word = f"word{self.number}x"
+        if not self.hostile:
+            return word
+        inner = self.random.choice(self.tokens[assistant])[1:-1]
+        if self.random.random() < 0.1 and inner not in self.names:  # what the template speaks of is for it to know
+            return inner
         pieces = [self.piece(self.tokens[assistant]) for _ in range(self.random.randint(1, 4))]
         before = self.random.randint(0, len(pieces))
-        return "".join([*pieces[:before], word, *pieces[before:]]) if self.hostile else word
+        return "".join([*pieces[:before], word, *pieces[before:]])
 
     def piece(self, tokens: list[str]) -> str:
         token, other = self.random.choice(tokens), self.random.choice(tokens)
@@ -99,6 +108,8 @@ class Writer:
             token[:cut] + other + token[cut:],
             token[:cut] + "\u200b" + token[cut:],
             token.upper(),
+            token.lower(),
+            ESCAPED,
             token.translate(WIDE),
             token.translate(OTHER),
             json.dumps(token).replace("<", "\\u003c"),
@@ -116,28 +127,29 @@ def conversation(write: Writer, shape: random.Random, able: frozenset[str]) -> t
     if "system" in able and shape.random() < 0.5:
         messages.append({"role": "system", "content": write()})
     for _ in range(shape.randint(1, 3)):
-        messages.append({"role": "user", "content": write()})
+        messages.append({"role": "user", "content": write(), "name": write()})
         if "tools" in able and shape.random() < 0.5:
             arguments = {write(True): write(True), write(True): [write(True), 1, {write(True): None}]}
             name, identity = write(True), write(True)
             call = {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
             messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
             messages.append({"role": "tool", "tool_call_id": identity, "name": name, "content": write()})
-            parameters = {"type": "object", "properties": {write(): {"type": "string", "description": write(), write(): write()}}}
-            tool = {"name": name, "description": write(), "parameters": parameters}
+            described = {"type": shape.choice(("string", write())), "description": write(), write(): [write()]}
+            parameters = {"type": "object", "properties": {write(): described}, "required": [write()]}
+            tool = {"name": name, "description": write(), "parameters": parameters, write(): {write(): write()}}
             tools = [*(tools or []), {"type": "function", "function": tool}]
         thought = {"reasoning_content": write(True)} if "reasoning" in able and shape.random() < 0.5 else {}
         messages.append({"role": "assistant", "content": write(True), **thought})
     return messages, tools
 
 
-FEATURES = (frozenset({"system", "tools", "reasoning"}), frozenset({"system", "tools"}), frozenset({"system", "reasoning"}),
-            frozenset({"system"}), frozenset())  # fmt: skip
+FEATURES = tuple(map(frozenset, (("system", "tools", "reasoning"), ("system", "tools"), ("system", "reasoning"),
+                                 ("system",), ())))  # fmt: skip
 
 
 def rows_of(path: Path, kind: int, seed: int, able: frozenset[str], hostile: bool) -> tuple[list[Example], list[Any]]:
     """The rows of a conversation, and its messages and tools."""
-    write = Writer(seed, tokenizer_for(path, kind), hostile)
+    write = Writer(seed, tokenizer_for(path, kind), hostile, chat_for(path, kind, False)._template.names)
     messages, tools = conversation(write, random.Random(seed), able)
     return chat_for(path, kind, bool(tools)).encode(messages, tools=tools), [messages, tools]
 
@@ -166,16 +178,18 @@ def difference(tokenizer: Any, harmless: list[Example], hostile: list[Example], 
     """What is wrong with the `hostile` rows, in which `said` stands, beside the `harmless` ones."""
     if len(harmless) != len(hostile):
         return f"{len(hostile)} rows came of {len(harmless)}"
+    texts = [*strings(said)]
+    kept = {word for text in texts for word in WORD.findall(text)}
     for expected, row in zip(harmless, hostile, strict=True):
         if (found := control(row, tokenizer)) != (right := control(expected, tokenizer)):
             at = next((i for i, pair in enumerate(zip(found, right, strict=False)) if len({*pair}) > 1), len(right))
             return f"the control tokens are {found} in place of {right}: see number {at + 1}"
-        if (found := words(row, tokenizer)) != (right := words(expected, tokenizer)):
+        if (found := words(row, tokenizer, kept)) != (right := words(expected, tokenizer, kept)):
             return f"loss is on {found} in place of {right}"
+    shown = {word for row in harmless for run in words(row, tokenizer, kept) for word in run}
     whole = "".join(tokenizer.decode(row.ids) for row in hostile)
-    shown = {word for row in harmless for run in words(row, tokenizer) for word in run}
-    for text in strings(said):
-        if not shown.isdisjoint(re.findall(WORD, text)) and not any(form in whole for form in forms(text, tokenizer)):
+    for text in texts:
+        if not shown.isdisjoint(WORD.findall(text)) and not any(form in whole for form in forms(text, tokenizer)):
             return f"{text!r} is not in the row: {whole!r}"
     return None
 
@@ -185,16 +199,15 @@ def control(row: Example, tokenizer: Any) -> list[str]:
     return [added[i].content for i in row.ids if i in added]
 
 
-def words(row: Example, tokenizer: Any) -> list[list[str]]:
-    """The words in each run of the row, those without loss and those with it in turn."""
+def words(row: Example, tokenizer: Any, kept: set[str]) -> list[list[str]]:
+    """The words in each run of the row, those without loss and those with it in turn: a template may sort them."""
     runs = groupby(zip(row.ids, row.labels, strict=True), key=lambda pair: pair[1] >= 0)
-    return [sorted(re.findall(WORD, tokenizer.decode([i for i, _ in run]))) for _, run in runs]
+    return [sorted(kept.intersection(WORD.findall(tokenizer.decode([i for i, _ in run])))) for _, run in runs]
 
 
 def strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        if re.search(WORD, value):
-            yield value.replace(BREAK, "")
+        yield value.replace(BREAK, "")
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from strings(key)
@@ -205,8 +218,9 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def forms(text: str, tokenizer: Any) -> Iterator[str]:
-    """How a template may write `text`: as it is, or as JSON, once or twice."""
+    """How a template may write `text`: as it is, as JSON, as Python does, once or twice."""
     normalizer = tokenizer.backend_tokenizer.normalizer
-    for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]):
+    quoted = repr(text)[1:-1], repr(text + "'")[1:-2], repr(text + "\"'")[1:-4]
+    for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1], *quoted):
         for again in (form, json.dumps(form, ensure_ascii=False)[1:-1]):
             yield normalizer.normalize_str(again) if normalizer else again

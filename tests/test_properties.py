@@ -37,7 +37,7 @@ FORMULAS = [("lora", ("embed", "linear", "conv")), ("dora", ("linear", "conv"))]
 KINDS = [("Linear", variant) for variant in VARIANTS] + [("Conv1D", variant) for variant in VARIANTS]
 KINDS += [("Embedding", "lora")]
 SEEDS = st.integers(0, 10**6)
-TRIES = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TRIES = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 class Small(nn.Module):
@@ -61,7 +61,7 @@ def small(seed: int, dtype: torch.dtype) -> Small:
     model = Small()
     for parameter in model.parameters():
         nn.init.normal_(parameter)
-    return model.to(dtype)
+    return model.to(dtype).eval()
 
 
 def bits(model: nn.Module) -> dict[str, tuple[Any, ...]]:
@@ -163,7 +163,7 @@ def test_a_merged_weight_is_the_exact_sum_rounded_once(
     in_, out, r = sizes
     base = {"Linear": nn.Linear, "Conv1D": lambda a, b: Conv1D(b, a), "Embedding": nn.Embedding}[kind](in_, out)
     W, A, B = whole(-200, 200, out, in_), whole(-9, 9, r, in_), whole(-9, 9, out, r)
-    if dtype == torch.float64:
+    if dtype == torch.float64 and variant == "lora":  # the squares in DoRA's norm would be rounded
         W += whole(-9, 9, out, in_) * 2.0**-40  # fp32 would lose it
     base.weight = nn.Parameter((W if kind == "Linear" else W.T.contiguous()).to(dtype))
     model = nn.ModuleDict({"layer": base})

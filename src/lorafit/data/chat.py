@@ -20,15 +20,15 @@ encoded as the characters it is made of: the only control tokens of a row are th
 
 import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from itertools import product
 from typing import Any, Literal
 
-from lorafit.data.messages import BREAK, ROLES, THOUGHT, Message, call_of, checked, function_of, said, short
+from lorafit.data.control import ESCAPED, Control, any_of, map_strings
+from lorafit.data.messages import BREAK, Message, call_of, checked, function_of, said, short
 from lorafit.data.prices import Exhausted
 from lorafit.data.sandbox import LONGEST, Program
 from lorafit.errors import DataError, UsageError
@@ -140,14 +140,9 @@ class ChatTemplate:
         except Exception as error:
             raise UsageError(f"{self.name} is not a Jinja template: {_first_line(error)}") from None
         self._ids = _Continue(tokenizer)
-        added = list(tokenizer.added_tokens_decoder.values())
-        self._added = tuple(token.content for token in added if not token.content.isspace())
-        # An assistant may write tokens that are not special (<tool_call>) or open a thought; others may not.
-        special = {token.content for token in added if token.special}
-        written = {token.content for token in added if token.content in self.text}
-        self._control = {
-            role: _any_of(special - {*THOUGHT} if role == "assistant" else special | written) for role in ROLES
-        }
+        added = (token.content for token in tokenizer.added_tokens_decoder.values())
+        self._added = tuple(token for token in added if not token.isspace())
+        self._control = Control(tokenizer, self.text, self._template.names, self._ids)
         self._ask()
 
     def _ask(self) -> None:
@@ -176,7 +171,7 @@ class ChatTemplate:
         # What follows an answer: its end token, and perhaps text that gives way when the conversation goes on.
         end = shown(user, answer).rpartition(_PROBE)[2]
         cut = _common(end, shown(user, answer, prompt=True).rpartition(_PROBE)[2])
-        tokens = list(_any_of(self._added).finditer(end))
+        tokens = list(any_of(self._added).finditer(end))
         cut = next((token.start() for token in tokens if token.start() < cut < token.end()), cut)
         self._end_text = end[cut:] if tokens and tokens[0].end() <= cut else ""
         self._ends_turns = bool(tokens)
@@ -195,12 +190,12 @@ class ChatTemplate:
             raise Exhausted(f"{self.name} {error}: use another chat_template") from None
         except Exception as error:
             raise DataError(f"{self.name} does not take this conversation: {_first_line(error)}") from None
-        return text
+        return text.replace(ESCAPED, BREAK)
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
         """The ids that a model is to continue: exactly how the row of this conversation begins."""
-        views = [self._view(message) for message in checked(messages)]
-        return self._ids(self.render(views, self._tools(tools), prompt=True))
+        views, given = self._apart([self._view(message) for message in checked(messages)], self._tools(tools))
+        return self._ids(self.render(views, given, prompt=True))
 
     def encode(
         self,
@@ -223,7 +218,7 @@ class ChatTemplate:
         turns = turns if loss_on == "assistant" else turns[-1:]
         if not turns:
             return []
-        views, given = [self._view(message) for message in asked], self._tools(tools)
+        views, given = self._apart([self._view(message) for message in asked], self._tools(tools))
         prompts = [self.render(views[:k], given, prompt=True) for k in turns]
         fulls = [self.render(views[: k + 1], given) for k in turns]
         whole = fulls[-1]
@@ -246,7 +241,7 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 self._check_shown(message, k, whole, "leaves it out")
         for tool in tools or ():
-            if (name := function_of(tool)["name"]) not in prompts[0].replace(BREAK, ""):
+            if not _shows(prompts[0], name := function_of(tool)["name"]):
                 raise DataError(f"{self.name} does not show the row's tools ({short(name)}): use another chat_template")
         return [self._example(text, spans, loss_on, source) for text, spans in rows]
 
@@ -289,7 +284,7 @@ class ChatTemplate:
     def _view(self, message: Message) -> Message:
         """`message` in the words this template understands, its control tokens broken up."""
         role = message["role"]
-        view: Message = _map_strings(message, lambda text: _broken(text, self._control[role]))
+        view: Message = map_strings(message, lambda text: self._control.broken(text, role))
         view["role"] = role
         if role == "developer" and "developer" not in self.text:
             view["role"] = "system"
@@ -311,14 +306,23 @@ class ChatTemplate:
         for tool in tools:
             if not isinstance(tool, Mapping) or not isinstance(function_of(tool).get("name"), str):
                 raise DataError(f"a tool must be an object with function.name, not {short(tool)}")
-        return [_map_strings(tool, lambda text: _broken(text, self._control["tool"])) for tool in tools]
+        return [map_strings(tool, lambda text: self._control.broken(text, "tool")) for tool in tools]
+
+    def _apart(self, views: list[Message], tools: list[Any] | None) -> tuple[list[Message], list[Any] | None]:
+        """`views` and `tools`, with ends broken off that would become control tokens where the template puts them."""
+        parted: tuple[list[Message], list[Any] | None] = (
+            map_strings(views, self._control.apart),
+            map_strings(tools, self._control.apart),
+        )
+        if parted == (views, tools):
+            return views, tools
+        joined = self._control.found(self.render(views, tools))
+        return (views, tools) if joined == self._control.found(self.render(*parted)) else parted
 
     def _check_shown(self, message: Message, k: int, text: str, complaint: str) -> None:
         """Refuse a template that silently drops what a message says: the model would learn to do without it."""
-        text = text.replace(BREAK, "")
         for what, words in said(message):
-            # Some templates write a tool's answer as JSON.
-            if words not in text and json.dumps(words, ensure_ascii=False)[1:-1] not in text:
+            if not _shows(text, words):
                 raise DataError(
                     f"message {k + 1} ({message['role']}) has {what}, but {self.name} {complaint}: "
                     "take it out of the data, or use another chat_template"
@@ -361,29 +365,10 @@ def _encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
         raise DataError("the text holds half a character (a lone surrogate such as \\ud83d): remove it") from None
 
 
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of JSON-like `value` with every string in it changed, keys included."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {_map_strings(key, change): _map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_strings(item, change) for item in value]
-    return value
-
-
-def _broken(text: str, control: re.Pattern[str]) -> str:
-    """`text` with a break inside every control token."""
-    text = text.replace(BREAK, "")
-    while (broken := control.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)) != text:
-        text = broken
-    return text
-
-
-def _any_of(tokens: Any) -> re.Pattern[str]:
-    """Matches any of `tokens`, the longest where several fit; a token of one character cannot be broken up."""
-    longest_first = sorted({t for t in tokens if len(t) > 1 and not t.isspace()}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+def _shows(text: str, words: str) -> bool:
+    """Whether `words` stand in `text`, as they are or, as some templates write tools and what they answer, in JSON."""
+    text, words = text.replace(BREAK, ""), words.replace(BREAK, "")
+    return words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text
 
 
 def _common(a: str, b: str) -> int:

@@ -38,7 +38,9 @@ class Program:
         sandbox = Sandbox(self.budget, today)
         if len(list(islice(sandbox.lex(text), TOKENS))) == TOKENS:
             raise ValueError(f"it has {TOKENS:,} words or more")
-        self._template = sandbox.from_string(metered(sandbox.parse(text)))
+        tree = sandbox.parse(text)
+        self.names = frozenset(names(tree))
+        self._template = sandbox.from_string(metered(tree))
 
     def render(self, messages: Sequence[Any], **others: Any) -> str:
         self.budget.start(messages, others)
@@ -192,6 +194,15 @@ def _behind(pay: Callable[[Any], None]) -> Callable[..., Any]:
         return value
 
     return paid
+
+
+def names(tree: nodes.Template) -> Iterator[str]:
+    """What a template speaks of in its program: keys, attributes, and everything it compares with."""
+    for attribute in tree.find_all(nodes.Getattr):
+        yield attribute.attr
+    for constant in tree.find_all(nodes.Const):
+        if isinstance(constant.value, str):
+            yield from (constant.value, *constant.value.split("."))
 
 
 def metered(tree: nodes.Template) -> nodes.Template:
