@@ -18,6 +18,7 @@ WHAT = "a change of one operator, number or condition in the core is noticed by 
 COUNT = 200
 LONG = 1000
 PASS = 0.85
+LIMIT = 3600.0
 SOURCES = ("src", "soak", "tests")
 
 # The tests of each file, the quickest to find something first.

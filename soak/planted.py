@@ -8,6 +8,7 @@ from soak.trial import check_untouched, suite_fails
 
 NAME = "planted"
 WHAT = "every bug planted in a copy of the code is found by the tests that mirror it"
+LIMIT = 3600.0
 SOURCES = ("src", "soak", "tests")
 
 
@@ -193,7 +194,7 @@ BUGS = (
         "map_strings(views, self._control.apart)", "views", (*CHAT, "data/test_templates.py")),
     Bug("only the last answer supervised", "data/chat.py", 'turns if loss_on == "assistant" else turns[-1:]',
         "turns[-1:]", CHAT),
-    Bug("today's date in the rows", "data/chat.py", "Program(self.text, DATE)", "Program(self.text, datetime.now())",
+    Bug("today's date in the rows", "data/chat.py", "(self.text, DATE)", "(self.text, datetime.now())",
         (*CHAT, "data/test_templates.py")),
     # Generation.
     Bug("padded on the right", "model/generate.py", "ids = torch.tensor([[0] * (width - len(p)) + list(p)",

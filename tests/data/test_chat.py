@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorafit.data.chat import (
@@ -20,7 +20,7 @@ from lorafit.data.chat import (
     encode_continuation,
     encode_text,
 )
-from lorafit.data.messages import checked
+from lorafit.data.messages import BREAK, checked
 from lorafit.errors import DataError, UsageError
 
 TALK = [
@@ -316,6 +316,98 @@ def test_an_assistant_may_write_tokens_that_are_not_special(byte_tokenizer: Any)
     (row,) = encode_chat([{"role": "user", "content": "<note>"}, {"role": "assistant", "content": "<note>"}], tokenizer)
     assert row.ids.count(note) == 1
     assert row.labels.count(note) == 1
+
+
+def control_of(row: Any, tokenizer: Any) -> list[str]:
+    return [tokenizer.added_tokens_decoder[i].content for i in row.ids if i in tokenizer.added_tokens_decoder]
+
+
+TURNS = ["<|im_start|>", "<|im_end|>"] * 2
+NOTE = "{# <note> #}"
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "double"),
+    [(normalizers.NFKC(), "＜note＞"), (normalizers.Lowercase(), "<NOTE>"), (normalizers.NFC(), "<note>")],
+)
+def test_a_double_that_the_tokenizer_takes_for_a_control_token_is_text(
+    byte_tokenizer: Any, normalizer: Any, double: str
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    tokenizer.add_tokens([AddedToken("<note>", special=False, normalized=True)])
+    tokenizer.chat_template = NOTE + tokenizer.chat_template
+    assert "<note>" in tokenizer.tokenize(double)
+    asked = [{"role": "user", "content": f"a{double}b"}, TALK[2]]
+    (row,) = encode_chat(asked, tokenizer)
+    assert control_of(row, tokenizer) == TURNS
+    assert f"a{normalizer.normalize_str(double)}b" in tokenizer.decode(row.ids)
+    # An assistant may write it.
+    (row,) = encode_chat([TALK[1], {"role": "assistant", "content": f"a{double}b"}], tokenizer)
+    assert control_of(row, tokenizer) == [*TURNS[:3], "<note>", TURNS[3]]
+
+
+TAGGED = (
+    "{% for m in messages %}<|im_start|>{% if m.name %}<{{ m.name }}>{% endif %}{{ m.role }}\n{{ m.content }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", ["|im_end|", "/s", "|im_end|>", "<|im_end|", "s", "note"])
+def test_a_name_does_not_become_a_control_token_in_the_brackets_of_the_template(byte_tokenizer: Any, name: str) -> None:
+    tokenizer = byte_tokenizer(NOTE + TAGGED)
+    (row,) = encode_chat([TALK[1] | {"name": name}, TALK[2]], tokenizer)
+    assert control_of(row, tokenizer) == TURNS
+    assert f"<{name}>user\nQ1" in tokenizer.decode(row.ids)
+    prompt = ChatTemplate(tokenizer).prompt_ids([TALK[1] | {"name": name}])
+    assert row.ids[: len(prompt)] == prompt
+
+
+def test_what_a_template_speaks_of_is_the_templates_own(byte_tokenizer: Any) -> None:
+    """A name that it compares with is not broken off, or the template would not know it any more."""
+    tokenizer = byte_tokenizer(NOTE + "{% if messages[0].name == 'note' %}yes{% endif %}" + TAGGED)
+    (row,) = encode_chat([TALK[1] | {"name": "note"}, TALK[2]], tokenizer)
+    assert tokenizer.decode(row.ids).startswith("yes")
+
+
+def test_two_messages_do_not_join_into_a_control_token(byte_tokenizer: Any) -> None:
+    tokenizer = byte_tokenizer("{{ messages[0].content ~ messages[1].content }}" + byte_tokenizer().chat_template)
+    asked = [{"role": "user", "content": "a<|im_"}, {"role": "user", "content": "end|>b"}, TALK[2]]
+    (row,) = encode_chat(asked, tokenizer)
+    assert control_of(row, tokenizer) == TURNS + TURNS[:2]
+    assert tokenizer.decode(row.ids).startswith("a<|im_end|>b<|im_start|>")
+
+
+def test_ordinary_text_comes_apart_nowhere(byte_tokenizer: Any) -> None:
+    chat = ChatTemplate(byte_tokenizer(NOTE + byte_tokenizer().chat_template))
+    for text in ("> quoted", "end", "a <", "1", "note", "im_start"):
+        (row,) = chat.encode([{"role": "user", "content": text}, TALK[2]])
+        prompt = chat.prompt_ids([{"role": "user", "content": text}])
+        assert chat.tokenizer.decode(prompt) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        assert row.ids[: len(prompt)] == prompt
+        views = [chat._view({"role": "user", "content": text})]
+        assert chat._apart(views, None) == (views, None)
+        assert BREAK not in views[0]["content"]
+
+
+@pytest.mark.parametrize("shown", ["[messages[0].content]", "messages[0].content|tojson(ensure_ascii=true)"])
+@pytest.mark.parametrize("text", ["<|im_end|>", r"\ufdd0", r"\\ufdd0", "\ufdd0"])
+def test_a_break_leaves_no_trace_where_a_template_writes_lists(byte_tokenizer: Any, shown: str, text: str) -> None:
+    tokenizer = byte_tokenizer("{{ " + shown + " }}" + byte_tokenizer().chat_template)
+    (row,) = encode_chat([{"role": "user", "content": f"a{text}b"}, TALK[2]], tokenizer)
+    assert control_of(row, tokenizer) == TURNS
+    text = text.replace("\ufdd0", "")
+    written = repr([f"a{text}b"]) if shown.startswith("[") else json.dumps(f"a{text}b")
+    assert tokenizer.decode(row.ids).startswith(f"{written}<|im_start|>user\na{text}b<|im_end|>")
+
+
+def test_breaks_in_names_and_thoughts_are_no_reason_to_refuse_a_row(byte_tokenizer: Any) -> None:
+    template = byte_tokenizer().chat_template.replace("m.content", "(m.reasoning_content or '') + m.content")
+    tokenizer = byte_tokenizer("{{ tools[0].name|tojson if tools }}" + template)
+    thought = {"role": "assistant", "reasoning_content": "a\ufdd0b", "content": "A"}
+    (row,) = encode_chat([TALK[1], thought], tokenizer, tools=[{"name": 'f"\ufdd0g'}])
+    assert tokenizer.decode(row.ids).startswith(r'"f\"g"<|im_start|>user')
+    assert tokenizer.decode(row.ids).endswith("assistant\nabA<|im_end|>")
 
 
 # --- text without a template, and tokenizers with manners of their own ------------------------------------

@@ -287,6 +287,16 @@ def test_control_tokens_in_messages_are_text(path: Path, byte_tokenizer: Any) ->
         assert f"Hi{forged}." in text
 
 
+@pytest.mark.parametrize("case", range(100))
+def test_nothing_that_a_message_says_becomes_a_control_token(case: int, tmp_path: Path) -> None:
+    """`python -m soak --only templates` does it by the thousand."""
+    from soak import templates as hostile
+
+    if not templates():
+        pytest.skip("trl is not installed")
+    assert hostile.run(case, tmp_path) is None
+
+
 def test_the_table_in_docs_is_up_to_date(byte_tokenizer: Any) -> None:
     if not templates():
         pytest.skip("trl is not installed")

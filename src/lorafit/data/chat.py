@@ -28,9 +28,9 @@ from itertools import product
 from typing import Any, Literal
 
 from lorafit.data.control import ESCAPED, Control, any_of, map_strings
-from lorafit.data.messages import BREAK, Message, call_of, checked, function_of, said, short
+from lorafit.data.messages import BREAK, Message, answers, call_of, checked, checked_tools, function_of, said, short
 from lorafit.data.prices import Exhausted
-from lorafit.data.sandbox import LONGEST, Program
+from lorafit.data.sandbox import LONGEST, compiled
 from lorafit.errors import DataError, UsageError
 
 IGNORE = -100
@@ -136,7 +136,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.name, self.text = template_text(tokenizer, template, with_tools)
         try:
-            self._template = Program(self.text, DATE)
+            self._template = compiled(self.text, DATE)
         except Exception as error:
             raise UsageError(f"{self.name} is not a Jinja template: {_first_line(error)}") from None
         self._ids = _Continue(tokenizer)
@@ -211,10 +211,7 @@ class ChatTemplate:
         Assistant messages before number `since` are context. A greeting (number 0) always is: no model is asked for it.
         """
         asked = checked(messages)
-        answers = [k for k, message in enumerate(asked) if k >= max(since, 1) and message["role"] == "assistant"]
-        if not answers:
-            raise DataError("no assistant message answers anything: a row needs one after a user's")
-        turns = [k for k in answers if said(asked[k])]
+        turns = [k for k in answers(asked, since) if said(asked[k])]
         turns = turns if loss_on == "assistant" else turns[-1:]
         if not turns:
             return []
@@ -303,10 +300,7 @@ class ChatTemplate:
         """The tools as the template sees them, their control tokens broken up too."""
         if not tools:
             return None
-        for tool in tools:
-            if not isinstance(tool, Mapping) or not isinstance(function_of(tool).get("name"), str):
-                raise DataError(f"a tool must be an object with function.name, not {short(tool)}")
-        return [map_strings(tool, lambda text: self._control.broken(text, "tool")) for tool in tools]
+        return [map_strings(tool, lambda text: self._control.broken(text, "tool")) for tool in checked_tools(tools)]
 
     def _apart(self, views: list[Message], tools: list[Any] | None) -> tuple[list[Message], list[Any] | None]:
         """`views` and `tools`, with ends broken off that would become control tokens where the template puts them."""

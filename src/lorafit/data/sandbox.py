@@ -8,6 +8,7 @@ filter, test, call and subscript anyway, and pays for them; the rest of a templa
 import json
 from collections.abc import Callable, Iterator, Sequence, Set
 from datetime import datetime
+from functools import lru_cache
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -28,8 +29,14 @@ METHODS = {*dir(str), "fromkeys"} - {"encode", "translate"}
 READ, COPY, STEPS = "pay to read", "pay to copy", "pay steps"  # filters of ours: no template can write a space
 
 
+@lru_cache(maxsize=8)
+def compiled(text: str, today: datetime) -> "Program":
+    """The template `text` as a program, to which it is always `today`."""
+    return Program(text, today)
+
+
 class Program:
-    """A template, compiled. One rendering at a time: its budget is spent by it alone."""
+    """A template, compiled. Its budget is that of one rendering: two at once would spend it together."""
 
     def __init__(self, text: str, today: datetime) -> None:
         if len(text) > LONGEST:
