@@ -83,14 +83,14 @@ class Writer:
         # An assistant may write tokens that are not special and thoughts; of these only nobody else may make use.
         self.tokens = {True: special, False: sorted(token.content for token in added)}
 
-    def __call__(self, assistant: bool = False) -> str:
-        """Words that start and end with something visible."""
+    def __call__(self, assistant: bool = False, named: bool = False) -> str:
+        """Text for an assistant's message or another; where it is `named`, no other place has the same."""
         self.number += 1
         word = f"word{self.number}x"
         if not self.hostile:
             return word
         inner: str = self.random.choice(self.tokens[assistant])[1:-1]
-        if self.random.random() < 0.1 and inner not in self.names:  # what the template speaks of is for it to know
+        if self.random.random() < 0.1 and not named and inner not in self.names:  # those are the template's own
             return inner
         pieces = [self.piece(self.tokens[assistant]) for _ in range(self.random.randint(1, 4))]
         before = self.random.randint(0, len(pieces))
@@ -129,7 +129,7 @@ def conversation(write: Writer, shape: random.Random, able: frozenset[str]) -> t
     for _ in range(shape.randint(1, 3)):
         messages.append({"role": "user", "content": write(), "name": write()})
         if "tools" in able and shape.random() < 0.5:
-            arguments = {write(True): write(True), write(True): [write(True), 1, {write(True): None}]}
+            arguments = {write(True): write(True), write(True, named=True): [write(True), 1, {write(True): None}]}
             name, identity = write(True), write(True)
             call = {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
             messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
@@ -221,7 +221,7 @@ def strings(value: Any) -> Iterator[str]:
 def forms(text: str, tokenizer: Any) -> Iterator[str]:
     """How a template may write `text`: as it is, as JSON, as Python does, once or twice."""
     normalizer = tokenizer.backend_tokenizer.normalizer
-    quoted = repr(text)[1:-1], repr(text + "'")[1:-2], repr(text + "\"'")[1:-4]
+    quoted = repr(text)[1:-1], repr(text + "'")[1:-2], repr(text + "\"'")[1:-4], text.replace("\\", r"\\")
     for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1], *quoted):
         for again in (form, json.dumps(form, ensure_ascii=False)[1:-1]):
             yield normalizer.normalize_str(again) if normalizer else again

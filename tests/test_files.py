@@ -151,6 +151,7 @@ def test_text_and_json_are_written_whole(tmp_path: Path) -> None:
     write_json(tmp_path / "deep" / "file", {"b": 1, "a": ["é"]})
     text = (tmp_path / "deep" / "file").read_text()
     assert json.loads(text) == {"a": ["é"], "b": 1}
+    assert "é" in text  # as a person reads it
     assert text.index('"a"') < text.index('"b"')
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["file"]
     with pytest.raises(DiskError, match="cannot be written"):
@@ -165,6 +166,11 @@ def test_lines_are_appended(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
     with pytest.raises(DiskError, match="cannot be written"):
         append_line(tmp_path / "nowhere" / "log.jsonl", {})
+
+
+def test_a_line_is_as_a_person_reads_it(tmp_path: Path) -> None:
+    append_line(tmp_path / "log", {"row": "é"})
+    assert (tmp_path / "log").read_text() == '{"row": "é"}\n'
 
 
 def test_a_line_that_did_not_fit_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +270,46 @@ def test_tensors_and_what_is_said_about_them_are_the_same_bytes_every_time(tmp_p
     assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
     with safetensors.safe_open(tmp_path / "t", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"} | {f"key {k}": "value" for k in range(9)}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_all_of_it_is_forced_to_disk_before_it_gets_its_name_and_the_name_after(
+    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int | str] = []
+
+    def synced(handle: int) -> None:
+        calls.append(os.fstat(handle).st_ino)
+
+    def moved(name: str, move: Callable[..., None]) -> Callable[..., None]:
+        def call(a: Path, b: Path) -> None:
+            calls.append(name)
+            move(a, b)
+
+        return call
+
+    if again:
+        with new_folder(tmp_path / "run"):
+            pass
+    monkeypatch.setattr(SYSTEM, "fsync", synced)
+    for name in ("rename", "exchange"):
+        monkeypatch.setattr(SYSTEM, name, moved(name, getattr(SYSTEM, name)))
+    with new_folder(tmp_path / "run") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("a")
+    written = {path.stat().st_ino for path in (tmp_path / "run", *(tmp_path / "run").rglob("*"))}
+    at = calls.index("exchange" if again else "rename")
+    assert written <= set(calls[:at])
+    assert tmp_path.stat().st_ino in calls[at:]
+    calls.clear()
+    write_text(tmp_path / "file", "text")
+    assert calls == [(tmp_path / "file").stat().st_ino, "rename", tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize("length", range(8))
+def test_the_values_of_a_tensor_file_begin_at_a_multiple_of_8_bytes(length: int, tmp_path: Path) -> None:
+    write_tensors(tmp_path / "t", {"a": torch.ones(3)}, {"key": "v" * length})
+    assert int.from_bytes((tmp_path / "t").read_bytes()[:8], "little") % 8 == 0
 
 
 def test_a_folder_is_removed_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sealed: Path) -> None:

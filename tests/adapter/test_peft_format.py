@@ -440,3 +440,17 @@ def test_no_configuration_does_more_than_load_or_refuse(field: str, value: Any, 
     (adapter / CONFIG).write_text(original)
     unload_lora(model)
     assert digest(model) == before
+
+
+def test_a_configuration_of_another_save_is_refused(adapter: Path, tiny: Tiny) -> None:
+    rewrite(adapter, lora_alpha=9)
+    with pytest.raises(AdapterError, match=rf"{CONFIG} and {WEIGHTS} do not come from one save"):
+        load_lora(tiny("llama"), adapter)
+
+
+def test_a_flipped_bit_is_noticed(adapter: Path, tiny: Tiny) -> None:
+    raw = bytearray((adapter / WEIGHTS).read_bytes())
+    raw[-3] ^= 1
+    (adapter / WEIGHTS).write_bytes(raw)
+    with pytest.raises(AdapterError, match=rf"{WEIGHTS} is not what was written"):
+        load_lora(tiny("llama"), adapter)

@@ -1,6 +1,7 @@
 """Packed rows: the same logits as each row alone, or not packed at all."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -70,9 +71,10 @@ def test_the_users_attention_is_given_back(tiny: Tiny, examples: Any) -> None:
     assert attention._lengths is None
 
 
+@pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_short_and_long_rows_agree_with_the_definition(window: int | None, heads: int) -> None:
+def test_short_and_long_rows_agree_with_the_definition(window: int | None, heads: int, softcap: float | None) -> None:
     length, d, key_heads = 9, 8, 2
     q = torch.randn(key_heads * heads, length, d, dtype=torch.float64)
     k, v = torch.randn(2, key_heads, length, d, dtype=torch.float64)
@@ -80,10 +82,28 @@ def test_short_and_long_rows_agree_with_the_definition(window: int | None, heads
     for h in range(q.shape[0]):
         for i in range(length):
             seen = range(0 if window is None else max(0, i - window + 1), i + 1)
-            weight = torch.stack([q[h, i] @ k[h // heads, j] * 0.3 for j in seen]).softmax(0)
+            scores = torch.stack([q[h, i] @ k[h // heads, j] * 0.3 for j in seen])
+            weight = (scores if softcap is None else softcap * torch.tanh(scores / softcap)).softmax(0)
             expected[h, i] = sum(w * v[h // heads, j] for w, j in zip(weight, seen, strict=True))
-    short = attention._row(q, k, v, 0.3, 0.0, window, None)
+    short = attention._row(q, k, v, 0.3, 0.0, window, softcap)
     assert torch.allclose(short, expected, rtol=1e-12, atol=1e-12)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "LONG_ROW", 1)
-        assert torch.allclose(attention._row(q, k, v, 0.3, 0.0, window, None), expected, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(attention._row(q, k, v, 0.3, 0.0, window, softcap), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_not_implemented_is_refused_and_dropout_is_for_training(tiny: Tiny, examples: Any) -> None:
+    module = nn.Dropout(0.9)
+    batch = collate(examples(2), packed=True)
+    q, k, v = torch.randn(3, 1, 2, sum(batch.lengths), 8)
+    with row_attention(tiny("llama"), batch):
+        attend = partial(attention.attend, module, q, k, v)
+        for asked in ({"attention_mask": q}, {"s_aux": q}, {"position_bias": q}):
+            with pytest.raises(attention.CannotPack):
+                attend(**{"attention_mask": None, **asked})
+        plain, _ = attend(None, output_attentions=False, s_aux=None)
+        assert not torch.equal(attend(None, dropout=0.9)[0], plain)
+        module.eval()
+        assert torch.equal(attend(None, dropout=0.9)[0], plain)
+    with pytest.raises(attention.CannotPack):
+        attend(None)

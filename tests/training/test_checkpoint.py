@@ -13,6 +13,7 @@ from torch import nn
 
 from lorafit import Batches, LoraConfig, TrainConfig, add_lora, train
 from lorafit.config import as_dict
+from lorafit.data.chat import IGNORE
 from lorafit.errors import CheckpointError, DiskError, Interrupted, NumericError
 from lorafit.training.checkpoint import FREE, RUN, TENSORS, state_folders
 from lorafit.training.run import Result
@@ -93,6 +94,23 @@ def test_the_state_is_the_one_after_the_last_whole_step(again: Again, tmp_path: 
         again(resume=tmp_path, stop=after(2))  # in the evaluation after step 2
     assert [path.name for path in state_folders(tmp_path)] == ["step-00000001", "step-00000002"]
     assert json.loads((tmp_path / "step-00000002" / RUN).read_text())["pending"]["step"] == 1
+
+
+def test_it_goes_on_from_the_newest(again: Again, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        again(checkpoints=tmp_path, stop=after(7))
+    assert len(states := state_folders(tmp_path)) == 2
+    notes: list[str] = []
+    again(resume=tmp_path, on_note=notes.append)
+    assert notes[0] == f"going on after step {int(states[-1].name[5:])} of 8, from {states[-1]}"
+
+
+def test_nothing_is_left_of_a_step_that_was_cut_off(tiny: Tiny, examples: Any) -> None:
+    model = tiny("llama")
+    add_lora(model, LoraConfig(r=4))
+    with pytest.raises(Interrupted):
+        train(model, Batches(examples(4), 1, 4), CONFIG, stop=after(2))
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_the_last_few_are_kept(again: Again, tmp_path: Path) -> None:
@@ -188,6 +206,20 @@ def test_another_adapter_or_other_batches_are_refused_by_name(
         again(checkpoints=tmp_path, stop=after(5))
     with pytest.raises(CheckpointError, match=named):
         again(kind, resume=tmp_path)
+
+
+@pytest.mark.parametrize("which", ["ids", "labels"])
+def test_other_rows_are_refused(which: str, again: Again, tiny: Tiny, examples: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        again(checkpoints=tmp_path, stop=after(5))
+    rows = examples(14)
+    getattr(rows[3], which)[-1] = 7 if which == "ids" else IGNORE
+    model = tiny("llama")
+    torch.manual_seed(5)
+    add_lora(model, LoraConfig(r=4))
+    held_out = Batches(examples(5, seed=8), 2, shuffle=False)
+    with pytest.raises(CheckpointError, match=r"rows was '14 rows, \w+' and is '14 rows, \w+'"):
+        train(model, Batches(rows, 4, seed=3), CONFIG, evaluation=held_out, resume=tmp_path)
 
 
 def test_another_base_model_is_refused(again: Again, tiny: Tiny, examples: Any, tmp_path: Path) -> None:

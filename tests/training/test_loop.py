@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -73,12 +74,13 @@ def test_one_steps_gradient_in_float64_is_the_same(cut: str, tiny: Tiny, example
         assert (gradient - ours[name]).norm() <= 1e-12 * gradient.norm()
 
 
-def gradients(model: nn.Module, rows: list[Example], **cut: Any) -> dict[str, torch.Tensor]:
-    """The summed gradient of a window, without clipping: what one step of gradient descent would move by."""
+def gradients(model: nn.Module, rows: list[Example], clip: float | None = None, **cut: Any) -> dict[str, torch.Tensor]:
+    """The gradient of a window: what one step of gradient descent moves by."""
     for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
         parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()), std=0.1)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    once = begin(model, Batches(rows, **cut), TrainConfig(lr=1.0, warmup=0, schedule="constant", max_grad_norm=None))
+    config = TrainConfig(lr=1.0, warmup=0, schedule="constant", max_grad_norm=clip)
+    once = begin(model, Batches(rows, **cut), config)
     once.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     take_step(once)
     return {n: before[n] - p.detach() for n, p in model.named_parameters() if p.requires_grad}
@@ -250,3 +252,40 @@ def test_looking_at_a_model_in_training_is_without_dropout_and_leaves_every_mode
     assert passes.head is not None
     assert evaluate(model, batches) == loss
     assert [module.training for module in model.modules()] == modes
+
+
+def test_dropout_differs_from_seed_to_seed_from_step_to_step_and_from_pass_to_pass(tiny: Tiny, examples: Any) -> None:
+    """The same row in every pass: what differs is which of its numbers are dropped."""
+    masks = []
+    for seed in (1, 2):
+        model = adapted(tiny, "llama", torch.float32, LoraConfig(r=4, dropout=0.5, targets=("q_proj",), layers=(0,)))
+        layer = model.model.layers[0].self_attn.q_proj
+        layer.dropout.register_forward_hook(lambda module, args, dropped: masks.append(dropped == 0))
+        train(model, Batches(examples(1) * 2, 1, 2), TrainConfig(steps=3, seed=seed))
+    assert len(masks) == 2 * 3 * 2
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_what_is_clipped_is_the_gradient_of_the_whole_step(cut: str, tiny: Tiny, examples: Any) -> None:
+    free = gradients(adapted(tiny, "llama", torch.float64), examples(8), **CUTS[cut])
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in free.values()))
+    clipped = gradients(adapted(tiny, "llama", torch.float64), examples(8), norm / 3, **CUTS[cut])
+    for name, gradient in free.items():
+        assert (gradient / 3 - clipped[name]).norm() <= 1e-5 * gradient.norm()
+
+
+def test_after_training_the_model_is_in_evaluation_mode(tiny: Tiny, examples: Any) -> None:
+    model = adapted(tiny, "llama", torch.float32, LoraConfig(r=4, dropout=0.5))
+    train(model, Batches(examples(4), 4), TrainConfig(steps=1))
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(("every", "looked_at"), [(2, [1, 3, 4]), (None, [2, 4]), (5, [4])])
+def test_the_held_out_rows_are_looked_at_every_so_many_steps_and_at_the_end(
+    every: int | None, looked_at: list[int], tiny: Tiny, examples: Any
+) -> None:
+    batches = Batches(examples(12), 4)  # three steps an epoch
+    config = TrainConfig(steps=5, eval_every=every)
+    result = train(adapted(tiny, "llama", torch.float32), batches, config, evaluation=Batches(examples(2), 2))
+    assert list(result.evaluations) == looked_at
