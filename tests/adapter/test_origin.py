@@ -50,7 +50,7 @@ def edit(adapter: Path, **fields: Any) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"alpha": 9}, {"rslora": True}, {"alpha_pattern": {"q_proj": 3}}, {"alpha": 4, "alpha_pattern": {"layers.0.*": 8}}],
+    [{"alpha": 9}, {"rslora": True}, {"alpha_pattern": {"q_proj": 3}}, {"alpha": 4, "alpha_pattern": {".*0.*": 8}}],
 )
 @pytest.mark.parametrize("mixed", [CONFIG, WEIGHTS])
 def test_two_files_of_different_saves_are_noticed(
@@ -69,9 +69,10 @@ def test_harmless_edits_and_other_words_for_the_same_are_no_other_save(adapter: 
         {"base_model_name_or_path": "elsewhere", "inference_mode": False, "revision": "main", "peft_version": "9.9"},
         {"lora_dropout": 0.5, "task_type": None, "eva_config": {"rho": 2}, "init_lora_weights": "gaussian"},
         {"target_modules": ["v_proj", "q_proj"], "lora_alpha": 8.0, "rank_pattern": {"k_proj": 2}},
-        {"target_modules": r".*\.(q|v)_proj", "r": 1, "rank_pattern": {".*": 4}, "lora_alpha": 1, "alpha_pattern": {".": 8}},
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"r": 1, "rank_pattern": {".*": 4}, "lora_alpha": 1, "alpha_pattern": {".*q_proj": 8, "v_proj": 8}},
     ):
-        edit(adapter, **({"alpha_pattern": {}} | fields | ({"alpha_pattern": {".*": 8}} if fields.get("r") else {})))
+        edit(adapter, **fields)
         assert len(load_lora(tiny("llama"), adapter).targets) == 4
 
 
@@ -90,7 +91,7 @@ def test_a_flipped_bit_in_a_value_is_noticed_by_the_manifest(notes: str, adapter
         save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS, metadata={"format": "pt"})
     else:
         flip_a_bit_of_a_value(adapter / WEIGHTS)
-    with pytest.raises(AdapterError, match=rf"{WEIGHTS} .*: take the adapter from where it was saved, or delete {MANIFEST}"):
+    with pytest.raises(AdapterError, match=rf"{WEIGHTS} .*: take the adapter from where .*, or delete {MANIFEST}"):
         load_lora(tiny("llama"), adapter)
     (adapter / MANIFEST).unlink()
     load_lora(tiny("llama"), adapter)
@@ -178,7 +179,9 @@ def test_a_weight_with_two_names_in_a_module_trained_in_full_is_saved(tmp_path: 
 
 
 def test_the_same_adapter_is_the_same_bytes(tiny: Tiny, shaken: Tiny, tmp_path: Path) -> None:
-    made = [saved(tiny, shaken, tmp_path / str(number), train_modules=("norm",)) for number in range(3)]
+    model = tiny("llama")
+    add_lora(model, LoraConfig(train_modules=("norm",)))
+    made = [save_lora(model, tmp_path / str(number)) for number in range(3)]
     for name in (WEIGHTS, CONFIG, MANIFEST):
         assert len({(path / name).read_bytes() for path in made}) == 1
 

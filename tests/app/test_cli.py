@@ -121,7 +121,7 @@ WRONG = [
     ("train --config list.yaml", 2, "list.yaml: a config file holds 'name: value' lines, not a list"),
     ("train --config nested.yaml", 2, "nested.yaml: unknown key 'lora'"),
     ("train --config broken.toml", 2, "broken.toml: not TOML"),
-    ("train --config broken.yaml", 2, "broken.yaml: not YAML"),
+    ("train --config broken.yaml", 2, "broken.yaml:2:1: not YAML"),
     ("train --config float.yaml", 2, "float.yaml: r must be a whole number, not 8.5"),
     ("train --config truth.json", 2, "truth.json: batch_size must be a whole number, not True"),
     ("train --config short.toml", 2, "short.toml: betas must be 2 numbers"),

@@ -71,14 +71,17 @@ def read_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
         try:
             values: Any = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"{path}: not TOML: {error}") from error
+            raise UsageError(f"{path}: not TOML: {error}") from None
     elif path.suffix in (".yaml", ".yml", ".json"):
         import yaml
 
         try:
             values = yaml.safe_load(text) or {}
         except yaml.YAMLError as error:
-            raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+            # Not the error itself: it repeats the line, and with it whatever secret somebody put there.
+            mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+            where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+            raise UsageError(f"{path}{where}: not YAML: {problem or type(error).__name__}") from None
     else:
         raise UsageError(f"{path}: a config file ends in .toml, .yaml, .yml or .json")
     if not isinstance(values, dict):
