@@ -110,6 +110,7 @@ def mutants_of(file: str) -> Iterator[Mutant]:
             text = mutate(source, _operators()[site.operator](), site.occurrence)
             if text is None or ast.dump(ast.parse(text)) in known:
                 continue
+            compile(text, file, "exec")
         except (SyntaxError, AttributeError):  # no Python; or an exception with a dot in its name, beyond cosmic-ray
             continue
         lines = zip(source.splitlines(), text.splitlines(), strict=False)
