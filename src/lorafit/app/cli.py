@@ -4,6 +4,7 @@ A verb is a function that takes dataclasses: their fields are its flags, its doc
 `VERBS`, it exists. Everything heavy is imported inside the verb, so that `--help` answers at once.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -347,14 +348,19 @@ def answer(arguments: list[str]) -> int:
         if "--debug" in arguments:
             import traceback
 
-            traceback.print_exc()
+            print(without_tokens(traceback.format_exc()), file=sys.stderr)
         if isinstance(error, LorafitError):
-            print(f"lorafit: {error}", file=sys.stderr)
+            print(without_tokens(f"lorafit: {error}"), file=sys.stderr)
             return error.exit_code
-        said = " ".join(str(error).split())
+        said = without_tokens(" ".join(str(error).split()))
         print(f"lorafit: unexpected {type(error).__name__}: {said} (--debug shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+def without_tokens(text: str) -> str:
+    """`text` without what looks like a hub token: a server may send back what it was told."""
+    return re.sub(r"\bhf_\w{4,}", "***", text)
 
 
 def run(arguments: list[str]) -> None:
