@@ -129,7 +129,7 @@ class DataConfig:
     accumulate: int = knob(1, "forward passes per optimizer step; batch_size x accumulate rows make one step")
     packing: bool = knob(True, "lay rows end to end, isolated from each other; off: pad them to equal length")
     max_tokens_per_pack: int | None = knob(
-        None, "split a forward pass that would hold more tokens than this; the result stays the same"
+        None, "cut a forward pass that would hold more tokens than this; none: what the free memory holds"
     )
 
     def __post_init__(self) -> None:
@@ -157,6 +157,10 @@ class TrainConfig:
     keep_best: bool = knob(True, "end with the weights of the best evaluation instead of the last step's")
     save_every: float = knob(300.0, "seconds between two checkpoints; 0: one after every step")
     keep_checkpoints: int = knob(2, "how many of the newest checkpoints are kept")
+    checkpointing: bool = knob(
+        False, "keep only each block's input and compute the rest again: a third more work, a fraction of the memory"
+    )
+    compile: bool = knob(False, "compile the transformer blocks (torch.compile): a slow start, then faster steps")
     max_bad_steps: int = knob(3, "stop at this many steps in a row whose loss or gradient is not finite")
 
     def __post_init__(self) -> None:

@@ -62,6 +62,12 @@ class BusyError(LorafitError, RuntimeError):
     exit_code = 9
 
 
+class OutOfMemory(LorafitError, MemoryError):
+    """A single row that does not fit into the memory there is."""
+
+    exit_code = 10
+
+
 class Interrupted(LorafitError):
     """Stopped by a signal after saving; the run can be resumed (EX_TEMPFAIL, so that a scheduler requeues)."""
 

@@ -244,7 +244,7 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedCo
     from lorafit.app import rows
     from lorafit.app.memory import estimate
     from lorafit.lora.inject import add_lora
-    from lorafit.model.load import load_skeleton, load_tokenizer
+    from lorafit.model.load import load_skeleton, load_tokenizer, resolve_device
 
     console = make_console()
     skeleton = load_skeleton(**base(model))
@@ -252,12 +252,14 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedCo
         load_lora(skeleton, model.adapter, force_base=model.force_base) if model.adapter else add_lora(skeleton, lora)
     )
     console.print(str(plan))
+    device = resolve_device(model.device)
     if not data.data:
-        console.print(estimate(skeleton, data.batch_size * data.max_length))
+        console.print(estimate(skeleton, data.batch_size * data.max_length, data.max_length, device))
     else:
         tokenizer = load_tokenizer(**source(model))
         examples, held_out = rows.read_rows(model, data, tokenizer, seed.seed)
-        console.print(estimate(skeleton, rows.largest_pass(rows.make_batches(examples, data, seed=seed.seed))))
+        tokens = rows.largest_pass(rows.make_batches(examples, data, seed=seed.seed))
+        console.print(estimate(skeleton, tokens, max(len(example.ids) for example in examples), device))
         console.print(rows.summary(examples, held_out))
         for example in examples[: show.rows]:
             console.print(f"\n{example.source}")

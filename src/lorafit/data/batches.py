@@ -114,12 +114,15 @@ class Batches:
         per_step = self.batch_size * self.accumulate
         return [self.examples[i] for i in self._order(epoch)[position * per_step : (position + 1) * per_step]]
 
-    def window(self, step: int, *, packed: bool | None = None) -> list[Batch]:
-        """The forward passes of step `step`; `packed` overrides `packing` (for models that cannot be packed)."""
+    def window(self, step: int, *, packed: bool | None = None, limit: int | None = None) -> list[Batch]:
+        """The forward passes of step `step`; `packed` overrides `packing` (for models that cannot be packed).
+
+        `limit` is a second limit beside `max_tokens_per_pack`: what fits into the memory of this machine.
+        """
         packed = self.packing if packed is None else packed
         rows = self.rows(step)
         parts = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        return [collate(part, packed=packed) for whole in parts for part in self._split(whole, packed)]
+        return [collate(part, packed=packed) for whole in parts for part in self._split(whole, packed, limit)]
 
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
@@ -128,15 +131,16 @@ class Batches:
         order: list[int] = torch.randperm(len(self.examples), generator=generator).tolist()
         return order
 
-    def _split(self, rows: list[Example], packed: bool) -> list[list[Example]]:
-        """Cut `rows` where a pass would hold more than `max_tokens_per_pack` tokens; a longer row goes alone."""
-        if self.max_tokens_per_pack is None:
+    def _split(self, rows: list[Example], packed: bool, limit: int | None) -> list[list[Example]]:
+        """Cut `rows` where a pass would hold more tokens than it may; a longer row goes alone."""
+        most = min((n for n in (self.max_tokens_per_pack, limit) if n is not None), default=None)
+        if most is None:
             return [rows]
         parts: list[list[Example]] = [[]]
         for row in rows:
             lengths = [len(other.ids) for other in (*parts[-1], row)]
             size = sum(lengths) if packed else max(lengths) * len(lengths)
-            if parts[-1] and size > self.max_tokens_per_pack:
+            if parts[-1] and size > most:
                 parts.append([])
             parts[-1].append(row)
         return parts

@@ -7,7 +7,8 @@ supervised tokens in all of them: 8 rows at once, 8 times 1 row, packed or padde
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from pathlib import Path
 
 import torch
@@ -19,8 +20,11 @@ from lorafit.errors import NumericError, listing
 from lorafit.lora.inject import wrappers
 from lorafit.lora.layers import LoraLinear
 from lorafit.training.attention import packs_exactly, row_attention
+from lorafit.training.backoff import PassLimit
+from lorafit.training.blocks import checkpointed
 from lorafit.training.checkpoint import Checkpoints
 from lorafit.training.loss import find_head
+from lorafit.training.memory import automatic_limit
 from lorafit.training.modes import evaluating
 from lorafit.training.optim import lr_at, make_optimizer
 from lorafit.training.run import Passes, Record, Result, Run, Stop, heed
@@ -56,11 +60,11 @@ def train(
     run = begin(model, batches, config, on_note)
     saves = Checkpoints(run, resume or checkpoints, evaluation, on_note)
     saves.take_up(resume is not None)
-    with _training(model), saves.kept_when_stopped():
+    with _training(run, on_note), saves.kept_when_stopped():
         while run.step < run.steps and not run.result.stopped_early:
             run.pending = run.pending or take_step(run, stop=stop, on_note=on_note)
             if evaluation is not None and run.due:
-                run.evaluated(evaluate(model, evaluation, passes=run.passes, stop=stop))
+                run.evaluated(evaluate(model, evaluation, passes=run.passes, stop=stop, on_note=on_note))
             on_step(run.complete())
             saves.now_and_then()
     saves.at_the_end()
@@ -68,17 +72,29 @@ def train(
     return run.finish()
 
 
+def _in_smaller_passes(take: Callable[..., Record]) -> Callable[..., Record]:
+    """Where a pass of the step does not fit into memory, its gradients are dropped and it is taken again."""
+
+    @wraps(take)
+    def whole(run: Run, *, stop: Stop = lambda: None, on_note: Note = lambda sentence: None) -> Record:
+        drop = partial(run.optimizer.zero_grad, set_to_none=True)
+        return run.passes.limit.within(partial(take, run, stop=stop, on_note=on_note), drop, on_note)
+
+    return whole
+
+
+@_in_smaller_passes
 def take_step(run: Run, *, stop: Stop = lambda: None, on_note: Note = lambda sentence: None) -> Record:
     """One optimizer step: forward and backward over its window, clip, update. Returns its record."""
     began = time.perf_counter()
     device = next(run.model.parameters()).device
-    window = run.batches.window(run.step, packed=run.passes.packed)
+    window = run.passes.window(run.batches, run.step)
     tokens = sum(batch.targets.numel() for batch in window)
     total = torch.zeros((), dtype=torch.float64)
     for number, batch in enumerate(window):
         heed(stop)
         torch.manual_seed(hash((run.config.seed, run.step, number)) % 2**63)  # dropout depends on nothing else
-        with row_attention(run.model, batch):
+        with run.passes.limit.fits(batch), row_attention(run.model, batch):
             loss = run.passes.loss(run.model, batch.to(device), max(tokens, 1))
             loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach().cpu()
@@ -104,17 +120,28 @@ def take_step(run: Run, *, stop: Stop = lambda: None, on_note: Note = lambda sen
     }
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, *, passes: Passes | None = None, stop: Stop = lambda: None) -> float:
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    passes: Passes | None = None,
+    stop: Stop = lambda: None,
+    on_note: Note = lambda sentence: None,
+) -> float:
     """The loss per supervised token over all rows of `batches`, each once, without dropout."""
     passes = passes or plan_passes(model, batches)
+    return passes.limit.within(partial(_try_evaluation, model, batches, passes, stop), lambda: None, on_note)
+
+
+@torch.no_grad()
+def _try_evaluation(model: nn.Module, batches: Batches, passes: Passes, stop: Stop) -> float:
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     with evaluating(model):
         for step in range(batches.steps_per_epoch):
-            for batch in batches.window(step, packed=passes.packed):
+            for batch in passes.window(batches, step):
                 heed(stop)
-                with row_attention(model, batch):
+                with passes.limit.fits(batch), row_attention(model, batch):
                     total += passes.loss(model, batch.to(device), 1).item()
                 tokens += batch.targets.numel()
     return total / max(tokens, 1)
@@ -122,16 +149,18 @@ def evaluate(model: nn.Module, batches: Batches, *, passes: Passes | None = None
 
 def begin(model: nn.Module, batches: Batches, config: TrainConfig, on_note: Note = lambda sentence: None) -> Run:
     """A run before its first step."""
-    passes = plan_passes(model, batches, on_note)
+    passes = plan_passes(model, batches, on_note, config.checkpointing)
     return Run(model, batches, config, passes, make_optimizer(model, config), count_steps(config, batches))
 
 
-def plan_passes(model: nn.Module, batches: Batches, on_note: Note = lambda sentence: None) -> Passes:
+def plan_passes(
+    model: nn.Module, batches: Batches, on_note: Note = lambda sentence: None, checkpointing: bool = False
+) -> Passes:
     """Try once how this model can be run; `on_note` hears of it when rows have to be padded."""
     packed = batches.packing and packs_exactly(model)
     if batches.packing and not packed:
         on_note(f"{type(model).__name__} does not keep packed rows apart: rows are padded instead")
-    return Passes(packed, find_head(model))
+    return Passes(packed, find_head(model), PassLimit(automatic_limit(model, batches, checkpointing)))
 
 
 def count_steps(config: TrainConfig, batches: Batches) -> int:
@@ -162,13 +191,15 @@ def _clip(optimizer: torch.optim.Optimizer, limit: float | None) -> float:
 
 
 @contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
+def _training(run: Run, on_note: Note) -> Iterator[None]:
     """Training mode with the caller's random state given back; evaluation mode afterwards."""
+    model = run.model
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         model.train()
         try:
-            yield
+            with checkpointed(model, on_note) if run.config.checkpointing else nullcontext():
+                yield
         finally:
             model.eval()
 

@@ -16,6 +16,7 @@ from lorafit.config import TrainConfig
 from lorafit.data.batches import Batch, Batches
 from lorafit.errors import Interrupted, NumericError, listing
 from lorafit.lora.inject import wrappers
+from lorafit.training.backoff import PassLimit
 from lorafit.training.loss import Head, summed_loss
 
 Record = dict[str, Any]
@@ -67,10 +68,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Passes:
-    """How this model is run: whether rows can be packed exactly, and where its head is."""
+    """How this model is run: whether rows can be packed exactly, where its head is, and what fits into memory."""
 
     packed: bool
     head: Head | None
+    limit: PassLimit = field(default_factory=PassLimit, compare=False)
+
+    def window(self, batches: Batches, step: int) -> list[Batch]:
+        """The forward passes of step `step`."""
+        return batches.window(step, packed=self.packed, limit=self.limit.tokens)
 
     def loss(self, model: nn.Module, batch: Batch, divide_by: int) -> Tensor:
         return summed_loss(model, batch, self.head) / divide_by
@@ -168,6 +174,7 @@ class Run:
             if self.best.step is not None
             else {"waited": self.best.waited},
             "stopped_early": self.result.stopped_early,
+            "limit": self.passes.limit.tokens,
             "history": self.result.history,
         }
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, facts
@@ -188,6 +195,7 @@ class Run:
                 parameter = parameters[owner]
                 self.optimizer.state[parameter][key] = tensor.to(parameter.device)
         self.step, self.pending, self.bad = facts["step"], facts["pending"], facts["bad"]
+        self.passes.limit.tokens = facts.get("limit")
         self.best = Best(**facts["best"], weights=weights)
         self.result = Result(facts["history"], stopped_early=facts["stopped_early"])
 
