@@ -7,7 +7,7 @@ supervised tokens in all of them: 8 rows at once, 8 times 1 row, packed or padde
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
 
@@ -21,13 +21,13 @@ from lorafit.lora.inject import wrappers
 from lorafit.lora.layers import LoraLinear
 from lorafit.training.attention import packs_exactly, row_attention
 from lorafit.training.backoff import PassLimit
-from lorafit.training.blocks import checkpointed
 from lorafit.training.checkpoint import Checkpoints
 from lorafit.training.loss import find_head
 from lorafit.training.memory import automatic_limit
 from lorafit.training.modes import evaluating
 from lorafit.training.optim import lr_at, make_optimizer
 from lorafit.training.run import Passes, Record, Result, Run, Stop, heed
+from lorafit.training.ways import as_asked
 
 Note = Callable[[str], None]
 
@@ -198,7 +198,7 @@ def _training(run: Run, on_note: Note) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         model.train()
         try:
-            with checkpointed(model, on_note) if run.config.checkpointing else nullcontext():
+            with as_asked(run, on_note):
                 yield
         finally:
             model.eval()
