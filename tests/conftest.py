@@ -134,6 +134,34 @@ def shake(model: nn.Module, seed: int = 3) -> nn.Module:
     return model
 
 
+def kept(model: nn.Module, rows: list[Any]) -> int:
+    """Bytes that autograd holds between forward and backward of `rows` as one pass, the model's own left out."""
+    from lorafit import Batches
+    from lorafit.data.batches import collate
+    from lorafit.training.attention import row_attention
+    from lorafit.training.loop import plan_passes
+
+    passes = plan_passes(model, Batches(rows))
+    batch = collate(rows, packed=passes.packed)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage  # kept, so that its address is not given to another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), row_attention(model, batch):
+        passes.loss(model, batch, 1)
+    return sum(storage.nbytes() for storage in held.values())
+
+
+@pytest.fixture
+def kept_bytes() -> Callable[..., int]:
+    return kept
+
+
 @pytest.fixture
 def shaken() -> Callable[..., nn.Module]:
     return shake

@@ -21,6 +21,7 @@ from lorafit.training.blocks import Note, find_blocks, replaced
 
 GRAPHS = 64
 """So many forms of one function may be compiled: kinds of blocks, modes, and passes of one row beside longer ones."""
+BACKEND = "inductor"
 Loss = Callable[[Batch], torch.Tensor]
 
 
@@ -55,7 +56,7 @@ def _compiling(model: nn.Module) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torch\.")  # the compiler's own, about itself
-            with limits, replaced(find_blocks(model), torch.compile(dynamic=True)):
+            with limits, replaced(find_blocks(model), torch.compile(dynamic=True, backend=BACKEND)):
                 yield
     finally:
         AttentionInterface.register(attention.NAME, attention.attend)

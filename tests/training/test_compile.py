@@ -1,0 +1,144 @@
+"""--compile: the same losses, no compiling without end, and a model that is as before.
+
+Most tests stop short of machine code (`aot_eager`): what could go wrong with us is in the graphs.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorafit import Batches, LoraConfig, TrainConfig, add_lora, train
+from lorafit.training import attention, compiling
+
+Tiny = Callable[..., nn.Module]
+Compiled = Callable[..., tuple[list[float], list[str], nn.Module]]
+
+
+@pytest.fixture(autouse=True)
+def afresh() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")  # what the compiler imports
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+
+@pytest.fixture
+def run(tiny: Tiny, examples: Any, monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+
+    def run(family: str = "llama", lora: dict[str, Any] | None = None, **config: Any) -> Any:
+        model = tiny(family)
+        torch.manual_seed(3)
+        add_lora(model, LoraConfig(**{"r": 4, "init": "gaussian_both", **(lora or {})}))
+        notes: list[str] = []
+        rows, held_out = Batches(examples(24), 4, seed=1), Batches(examples(8, seed=4), 4)
+        config = {"steps": 6, "lr": 1e-3, "eval_every": 3, **config}
+        result = train(model, rows, TrainConfig(**config), evaluation=held_out, on_note=notes.append)
+        losses = [record["loss"] for record in result.history] + list(result.evaluations.values())
+        return losses, notes, model
+
+    return run
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2", "bloom"])
+def test_the_losses_are_the_same(family: str, checkpointing: bool, run: Compiled) -> None:
+    plain, _, _ = run(family)
+    losses, notes, _ = run(family, compile=True, checkpointing=checkpointing)
+    assert losses == pytest.approx(plain, rel=1e-5)
+    assert not [note for note in notes if "compil" in note]
+
+
+@pytest.mark.parametrize("lora", [{"variant": "dora"}, {"targets": ("q_proj",), "layers": (1,)}])
+def test_other_formulas_too(lora: dict[str, Any], run: Compiled) -> None:
+    assert run(lora=lora, compile=True)[0] == pytest.approx(run(lora=lora)[0], rel=1e-5)
+
+
+def test_with_dropout_it_learns_all_the_same_and_is_a_function_of_the_seed(run: Compiled) -> None:
+    one, other = (run(lora={"dropout": 0.3}, compile=True, checkpointing=flag)[0] for flag in (False, True))
+    assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_machine_code_gives_the_same_losses(run: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _, _ = run()
+    monkeypatch.setattr(compiling, "BACKEND", "inductor")
+    losses, notes, _ = run(compile=True, eval_every=None)
+    assert notes == [] or "does not work here" in notes[0]  # no C++ compiler
+    assert losses[:6] == pytest.approx(plain[:6], rel=1e-5)
+
+
+def test_it_is_not_compiled_again_for_every_length(run: Compiled) -> None:
+    counters = torch._dynamo.utils.counters
+    made = []
+    for steps in (3, 12):
+        torch._dynamo.reset()
+        counters.clear()
+        run(compile=True, steps=steps)
+        made.append(counters["stats"]["unique_graphs"])
+    assert 0 < made[1] == made[0]
+
+
+def test_blocks_are_really_compiled_and_attention_is_not(run: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    row = attention._row
+
+    def watched(*args: Any) -> torch.Tensor:
+        seen.append(torch.compiler.is_compiling())
+        return row(*args)
+
+    monkeypatch.setattr(attention, "_row", watched)
+    torch._dynamo.utils.counters.clear()
+    run(compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
+    assert seen
+    assert not any(seen)
+
+
+def test_the_model_and_the_attention_are_as_before(run: Compiled) -> None:
+    _, _, model = run(compile=True)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert attention.AttentionInterface()[attention.NAME] is attention.attend
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_where_it_fails_one_line_says_so_and_the_run_goes_on(run: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _, _ = run()
+
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no\ncompiler")
+
+    monkeypatch.setattr(compiling, "BACKEND", broken)
+    losses, notes, model = run(compile=True)
+    assert len(notes) == 1
+    assert notes[0].startswith("compiling does not work here (")
+    assert notes[0].endswith("the run goes on without")
+    assert "\n" not in notes[0]
+    assert losses == plain
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_compiler_that_computes_something_else_is_not_used(run: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _, _ = run()
+
+    def wrong(graph: Any, inputs: Any) -> Any:
+        def forward(*args: Any) -> Any:
+            return [x * 1.3 if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in graph(*args)]
+
+        return forward
+
+    monkeypatch.setattr(compiling, "BACKEND", wrong)
+    losses, notes, _ = run(compile=True)
+    assert "where" in notes[0]
+    assert losses == plain
+
+
+def test_a_model_without_blocks_is_told() -> None:
+    notes: list[str] = []
+    with compiling.compiled(nn.Linear(2, 2), lambda batch: torch.zeros(()), True, notes.append):
+        pass
+    assert notes == ["Linear has no list of blocks: it is trained without compiling"]
