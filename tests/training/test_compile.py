@@ -1,9 +1,8 @@
 """--compile: the same losses, no compiling without end, and a model that is as before.
 
-Most tests stop short of machine code (`aot_eager`): what could go wrong with us is in the graphs.
+All tests but one stop short of machine code, which takes long: what could go wrong with us is in the graphs.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,26 +17,42 @@ Tiny = Callable[..., nn.Module]
 Compiled = Callable[..., tuple[list[float], list[str], nn.Module]]
 
 
-@pytest.fixture(autouse=True)
-def afresh() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")  # what the compiler imports
-        torch._dynamo.reset()
-        yield
-        torch._dynamo.reset()
+class Counting:
+    """A compiler that keeps the graphs as they are, and counts how many it is given and how often they run."""
+
+    def __init__(self) -> None:
+        self.graphs = self.runs = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.graphs += 1
+
+        def forward(*args: Any) -> Any:
+            self.runs += 1
+            return graph(*args)
+
+        return forward
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[Counting]:
+    """One for all tests of this file, so that what one has compiled is there for the next."""
+    torch._dynamo.reset()
+    yield Counting()
+    torch._dynamo.reset()
 
 
 @pytest.fixture
-def run(tiny: Tiny, examples: Any, monkeypatch: pytest.MonkeyPatch) -> Compiled:
-    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+def run(tiny: Tiny, examples: Any, compiler: Counting, monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    monkeypatch.setattr(compiling, "BACKEND", compiler)
 
     def run(family: str = "llama", lora: dict[str, Any] | None = None, **config: Any) -> Any:
         model = tiny(family)
         torch.manual_seed(3)
         add_lora(model, LoraConfig(**{"r": 4, "init": "gaussian_both", **(lora or {})}))
         notes: list[str] = []
-        rows, held_out = Batches(examples(24), 4, seed=1), Batches(examples(8, seed=4), 4)
-        config = {"steps": 6, "lr": 1e-3, "eval_every": 3, **config}
+        rows = Batches(examples(24), 4, seed=1)
+        held_out = Batches(examples(8, seed=4), 4) if "eval_every" in config else None
+        config = {"steps": 6, "lr": 1e-3, **config}
         result = train(model, rows, TrainConfig(**config), evaluation=held_out, on_note=notes.append)
         losses = [record["loss"] for record in result.history] + list(result.evaluations.values())
         return losses, notes, model
@@ -46,7 +61,7 @@ def run(tiny: Tiny, examples: Any, monkeypatch: pytest.MonkeyPatch) -> Compiled:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_losses_are_the_same(family: str, checkpointing: bool, run: Compiled) -> None:
     plain, _, _ = run(family)
     losses, notes, _ = run(family, compile=True, checkpointing=checkpointing)
@@ -54,8 +69,8 @@ def test_the_losses_are_the_same(family: str, checkpointing: bool, run: Compiled
     assert not [note for note in notes if "compil" in note]
 
 
-@pytest.mark.parametrize("lora", [{"variant": "dora"}, {"targets": ("q_proj",), "layers": (1,)}])
-def test_other_formulas_too(lora: dict[str, Any], run: Compiled) -> None:
+def test_dora_too(run: Compiled) -> None:
+    lora = {"variant": "dora"}
     assert run(lora=lora, compile=True)[0] == pytest.approx(run(lora=lora)[0], rel=1e-5)
 
 
@@ -65,25 +80,26 @@ def test_with_dropout_it_learns_all_the_same_and_is_a_function_of_the_seed(run: 
 
 
 def test_machine_code_gives_the_same_losses(run: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, _, _ = run()
+    plain, _, _ = run("qwen2")
     monkeypatch.setattr(compiling, "BACKEND", "inductor")
-    losses, notes, _ = run(compile=True, eval_every=None)
+    losses, notes, _ = run("qwen2", compile=True)
     assert notes == [] or "does not work here" in notes[0]  # no C++ compiler
-    assert losses[:6] == pytest.approx(plain[:6], rel=1e-5)
+    assert losses == pytest.approx(plain, rel=1e-5)
 
 
-def test_it_is_not_compiled_again_for_every_length(run: Compiled) -> None:
-    counters = torch._dynamo.utils.counters
-    made = []
-    for steps in (3, 12):
-        torch._dynamo.reset()
-        counters.clear()
-        run(compile=True, steps=steps)
-        made.append(counters["stats"]["unique_graphs"])
-    assert 0 < made[1] == made[0]
+def test_held_out_losses_are_the_same(run: Compiled) -> None:
+    assert run(compile=True, eval_every=3)[0] == pytest.approx(run(eval_every=3)[0], rel=1e-5)
 
 
-def test_blocks_are_really_compiled_and_attention_is_not(run: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_not_compiled_again_for_every_length(run: Compiled, compiler: Counting) -> None:
+    run(compile=True, steps=3)
+    graphs, runs = compiler.graphs, compiler.runs
+    run(compile=True, steps=18)
+    assert compiler.graphs == graphs > 0
+    assert compiler.runs - runs >= 18 * 2 * 2  # steps, blocks, and graphs before and after attention
+
+
+def test_attention_is_not_compiled(run: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     row = attention._row
 
@@ -92,9 +108,7 @@ def test_blocks_are_really_compiled_and_attention_is_not(run: Compiled, monkeypa
         return row(*args)
 
     monkeypatch.setattr(attention, "_row", watched)
-    torch._dynamo.utils.counters.clear()
     run(compile=True)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
     assert seen
     assert not any(seen)
 
