@@ -160,7 +160,9 @@ class TrainConfig:
     checkpointing: bool = knob(
         False, "keep only each block's input and compute the rest again: a third more work, a fraction of the memory"
     )
-    compile: bool = knob(False, "compile the transformer blocks (torch.compile): a slow start, then faster steps")
+    compile: bool = knob(
+        False, "compile the transformer blocks (torch.compile): a minute at the start, steps as fast or faster"
+    )
     max_bad_steps: int = knob(3, "stop at this many steps in a row whose loss or gradient is not finite")
 
     def __post_init__(self) -> None:

@@ -79,16 +79,11 @@ def test_with_dropout_it_learns_all_the_same_and_is_a_function_of_the_seed(run: 
     assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_machine_code_gives_the_same_losses(run: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, _, _ = run("qwen2")
-    monkeypatch.setattr(compiling, "BACKEND", "inductor")
-    losses, notes, _ = run("qwen2", compile=True)
-    assert notes == [] or "does not work here" in notes[0]  # no C++ compiler
-    assert losses == pytest.approx(plain, rel=1e-5)
-
-
-def test_held_out_losses_are_the_same(run: Compiled) -> None:
+def test_held_out_losses_are_the_same_and_nothing_is_compiled_for_them(run: Compiled, compiler: Counting) -> None:
+    run(compile=True)
+    graphs = compiler.graphs
     assert run(compile=True, eval_every=3)[0] == pytest.approx(run(eval_every=3)[0], rel=1e-5)
+    assert compiler.graphs == graphs > 0
 
 
 def test_it_is_not_compiled_again_for_every_length(run: Compiled, compiler: Counting) -> None:
@@ -139,13 +134,10 @@ def test_where_it_fails_one_line_says_so_and_the_run_goes_on(run: Compiled, monk
 def test_a_compiler_that_computes_something_else_is_not_used(run: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _, _ = run()
 
-    def wrong(graph: Any, inputs: Any) -> Any:
-        def forward(*args: Any) -> Any:
-            return [x * 1.3 if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in graph(*args)]
+    def wrong(forward: Any, **options: Any) -> Any:
+        return lambda *args, **kwargs: 1.3 * forward(*args, **kwargs)
 
-        return forward
-
-    monkeypatch.setattr(compiling, "BACKEND", wrong)
+    monkeypatch.setattr(torch, "compile", wrong)
     losses, notes, _ = run(compile=True)
     assert "where" in notes[0]
     assert losses == plain
@@ -156,3 +148,11 @@ def test_a_model_without_blocks_is_told() -> None:
     with compiling.compiled(nn.Linear(2, 2), lambda batch: torch.zeros(()), True, notes.append):
         pass
     assert notes == ["Linear has no list of blocks: it is trained without compiling"]
+
+
+def test_machine_code_gives_the_same_losses(run: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _, _ = run("qwen2")
+    monkeypatch.setattr(compiling, "BACKEND", "inductor")
+    losses, notes, _ = run("qwen2", compile=True)
+    assert notes == [] or "does not work here" in notes[0]  # no C++ compiler
+    assert losses == pytest.approx(plain, rel=1e-5)

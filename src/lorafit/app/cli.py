@@ -158,9 +158,9 @@ def evaluate(model: ModelConfig, data: DataConfig, seed: SeedConfig) -> None:
     batches = rows.make_batches(held_out or examples, data, shuffle=False)
     net, _ = load_model(**with_adapter(model))
     with lora_disabled(net):
-        losses = {"base model": loop.evaluate(net, batches)}
+        losses = {"base model": loop.evaluate(net, batches, on_note=print)}
     if model.adapter:
-        losses["with adapter"] = loop.evaluate(net, batches)
+        losses["with adapter"] = loop.evaluate(net, batches, on_note=print)
     table = Table(f"{len(batches.examples):,} rows", "loss per supervised token", "perplexity")
     for name, loss in losses.items():
         table.add_row(name, f"{loss:.4f}", f"{exp(loss):.3f}")

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from lorafit.data.batches import Batch, collate
 from lorafit.data.chat import Example
 from lorafit.training import attention
-from lorafit.training.blocks import Note, find_blocks, replaced
+from lorafit.training.blocks import Forward, Note, find_blocks, replaced
 
 GRAPHS = 64
 """So many forms of one function may be compiled: kinds of blocks, modes, and passes of one row beside longer ones."""
@@ -56,10 +56,16 @@ def _compiling(model: nn.Module) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torch\.")  # the compiler's own, about itself
-            with limits, replaced(find_blocks(model), torch.compile(dynamic=True, backend=BACKEND)):
+            with limits, replaced(find_blocks(model), _compiled):
                 yield
     finally:
         AttentionInterface.register(attention.NAME, attention.attend)
+
+
+def _compiled(forward: Forward) -> Forward:
+    """Compiled with gradients alone: evaluation would be compiled a second time, and be little faster for it."""
+    compiled = torch.compile(forward, dynamic=True, backend=BACKEND)
+    return lambda *args, **kwargs: (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
 
 
 def _problem(
