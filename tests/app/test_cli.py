@@ -541,6 +541,22 @@ def test_merge_saves_a_plain_model_that_answers_like_the_adapter(
     assert sorted(out.iterdir()) == before
 
 
+@pytest.mark.parametrize(("free", "said"), [(2**40, "a pass may hold "), (2**20, "passes are cut to ")])
+def test_inspect_says_how_large_a_pass_may_be(
+    free: int,
+    said: str,
+    model_folder: Path,
+    data_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lorafit.app.memory.free_memory", lambda device: free)
+    line = f"inspect --model {model_folder} --data {data_file} --rows 0 --device cpu --dtype float32"
+    assert main(line.split()) == 0
+    shown = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory, estimated"))
+    assert f"{free / 2**20:,.0f} MiB are free: {said}" in shown
+
+
 def test_inspect_shows_the_plan_and_the_tokens_that_carry_loss(
     model_folder: Path,
     run_folder: Path,

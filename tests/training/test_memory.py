@@ -119,6 +119,7 @@ def test_with_plenty_of_memory_nothing_is_cut_and_with_little_everything_fits(
     assert passes.limit.tokens is not None
     assert 1 < len(cut) < 16
     assert all(batch.input_ids.numel() <= passes.limit.tokens for batch in cut)
+    assert what.adapter * 3 / 4 + what.activations(max(batch.input_ids.numel() for batch in cut)) < 0.9 * little
     assert len(plan_passes(model, batches, checkpointing=True).window(batches, 0)) < len(cut)
     assert automatic_limit(model, Batches(rows, 16, max_tokens_per_pack=70)) is None  # what is asked for is done
 

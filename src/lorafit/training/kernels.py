@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lorafit.training.blocks import Note
 from lorafit.training.modes import evaluating
 
+Changes = Mapping[str, Any]
+_ABSENT = object()
 OFF = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 """The loss is ours."""
 
@@ -29,6 +31,7 @@ def fast_kernels(model: nn.Module, on_note: Note = lambda sentence: None) -> Ite
     expected = _logits(model)
     places = [vars(module) for module in model.modules()] + _files(model)
     before = [dict(place) for place in places]
+    changes: list[Changes] = []
     try:
         problem = None
         try:
@@ -63,10 +66,6 @@ def _files(model: nn.Module) -> list[dict[str, Any]]:
     """The global names of every file that a class of the model was defined in, torch's own left out."""
     names = {type(module).__module__ for module in model.modules()}
     return [vars(sys.modules[name]) for name in sorted(names) if name.split(".")[0] not in ("torch", "lorafit")]
-
-
-Changes = Mapping[str, Any]
-_ABSENT = object()
 
 
 def _changes(place: Mapping[str, Any], before: Mapping[str, Any]) -> Changes:
