@@ -12,7 +12,7 @@ help:
 	@echo "make demo         install into .venv, then teach a small chat model a skill and measure it (6 minutes)"
 	@echo "make test         the test suite (8 minutes at most)"
 	@echo "make check        style, types and layout of the code"
-	@echo "make bench        every table in the documentation, made again (hours)"
+	@echo "make bench        every table in the documentation, made again (hours; ONLY=W1: of one workload)"
 	@echo "make soak         every promise tried thousands of times; stopped, it goes on where it was (LONG=1: for days)"
 	@echo "make test-oldest  the core tests on the oldest torch and transformers that are supported"
 	@echo "make PYTHON=python3.12 demo   chooses the Python (3.11, 3.12 or 3.13)"
@@ -29,7 +29,8 @@ check: .venv/installed
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 bench: .venv/model
-	set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+	$(BIN)/python -m benchmarks.speed $(if $(ONLY),--only $(ONLY))
+	set -e; for script in benchmarks/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script"; done
 
 soak: .venv/soak
 	$(BIN)/python -m soak $(if $(LONG),--long)

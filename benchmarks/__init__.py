@@ -1,0 +1,1 @@
+"""What the tables in the documentation are made with."""
