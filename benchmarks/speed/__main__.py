@@ -14,9 +14,11 @@ import argparse
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import transformers
 from rich.console import Console
 
 from benchmarks.speed.gate import gate
@@ -39,15 +41,15 @@ def main() -> None:
     refused: dict[str, str] = {}
     if not asked.table:
         peers = [*asked.peers, *(LADDER if asked.ladder else ())]
-        refused = gate(peers)
+        refused = _quiet_gate(peers)
         for name, why in refused.items():
             console.print(f"{name:12} {why or 'same loss and gradients as lorafit'}")
         able = [name for name in peers if not refused[name]]
         RUNS.mkdir(parents=True, exist_ok=True)
         for workload, peer, number in _plan(asked.only, able, asked.rounds):
             _run(workload, peer, number, dtype, settings, console)
-    records = read_records(RUNS, machine(), dtype, settings)
     wrong = {name: why for name, why in refused.items() if why}
+    records = [one for one in read_records(RUNS, machine(), dtype, settings) if one["peer"] not in wrong]
     print(write(records, wrong, RESULTS, ROOT / "README.md"))
 
 
@@ -73,6 +75,14 @@ def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
         return names
 
     return parse
+
+
+def _quiet_gate(peers: list[str]) -> dict[str, str]:
+    """The gate, without the other libraries' advice."""
+    transformers.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return gate(peers)
 
 
 def _plan(workloads: list[str], peers: list[str], rounds: int) -> Iterator[tuple[str, str, int]]:

@@ -43,7 +43,8 @@ def _one_step(build: Build) -> tuple[float, Gradients]:
     found: Gradients = {}
     for name, pair in peer.factors.items():
         for key, parameter in zip("AB", pair, strict=True):
-            parameter.register_post_accumulate_grad_hook(partial(_keep, found, f"{name}.{key}"))
+            hook = partial(_keep, found, f"{name}.{key}")
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     ((_, loss),) = peer.run(1)
     return loss, found
 
@@ -54,4 +55,4 @@ def _keep(found: Gradients, name: str, parameter: Tensor) -> None:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
+    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))

@@ -116,7 +116,7 @@ def seed(model: nn.Module, batches: Batches, start: Factors, scale: float = ALPH
     model.requires_grad_(False)
     factors: Parameters = {}
     for name, layer in targets(model).items():
-        wrapped = TutorialLora(layer, scale)
+        wrapped: Any = TutorialLora(layer, scale)
         model.set_submodule(name, wrapped)
         factors[name] = (wrapped.A.weight, wrapped.B.weight)
 
@@ -139,7 +139,7 @@ def _peft_config() -> Any:
 
 def _peft_factors(wrapped: Any, start: Factors) -> Parameters:
     layers = {name: wrapped.base_model.model.get_submodule(name) for name in start}
-    found = {name: (m.lora_A["default"].weight, m.lora_B["default"].weight) for name, m in layers.items()}
+    found: Parameters = {name: (m.lora_A["default"].weight, m.lora_B["default"].weight) for name, m in layers.items()}
     return copied(found, start)
 
 
@@ -147,7 +147,7 @@ def peft(model: nn.Module, batches: Batches, start: Factors) -> Peer:
     """get_peft_model and a plain loop, everything at its default."""
     from peft import get_peft_model
 
-    wrapped: Any = get_peft_model(model, _peft_config())  # type: ignore[arg-type]
+    wrapped: Any = get_peft_model(model, _peft_config())
 
     def loss(rows: Rows) -> Tensor:
         ids, mask, labels = padded(rows)
@@ -164,7 +164,7 @@ def peft_tuned(model: nn.Module, batches: Batches, start: Factors, *, packed: bo
     """
     from peft import get_peft_model
 
-    wrapped: Any = get_peft_model(model, _peft_config(), autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    wrapped: Any = get_peft_model(model, _peft_config(), autocast_adapter_dtype=False)
 
     def loss(rows: Rows) -> Tensor:
         batch = collate(rows, packed=packed)
@@ -221,7 +221,7 @@ def ladder(rung: int, model: nn.Module, batches: Batches, start: Factors) -> Pee
         return lorafit(model, batches, start)
     factors = _lorafit_factors(model, start)
     for _, layer in wrappers(model):
-        layer._plain = lambda x: False  # type: ignore[assignment, union-attr]  # autograd's backward, not ours
+        layer._plain = lambda x: False  # type: ignore[method-assign]  # autograd's backward, not ours
     head = find_head(model)
     assert head is not None
 

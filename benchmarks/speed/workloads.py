@@ -37,7 +37,7 @@ def _short(draw: random.Random) -> tuple[int, int]:
 
 def _lognormal(draw: random.Random) -> tuple[int, int]:
     """Medians 60 and 60, a long tail, and the whole row at most 448 tokens, of which one is an answer's."""
-    prompt, answer = (max(1, round(draw.lognormvariate(math.log(60), 0.75))) for _ in range(2))
+    prompt, answer = (max(1, round(draw.lognormvariate(math.log(60), 0.8))) for _ in range(2))
     prompt = min(prompt, 447)
     return prompt, min(answer, 448 - prompt)
 
