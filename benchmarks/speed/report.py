@@ -3,6 +3,7 @@
 import json
 import random
 import statistics
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -170,7 +171,7 @@ def draw(lines: Sequence[Record], path: Path) -> None:
     names = sorted({line["workload"] for line in lines})
     if not names:
         return
-    figure = Figure(figsize=(5 * min(2, len(names)), 3.2 * ((len(names) + 1) // 2)), layout="constrained")
+    figure = Figure(figsize=(6.5 * min(2, len(names)), 3.6 * ((len(names) + 1) // 2)), layout="constrained")
     grid = figure.subplots((len(names) + 1) // 2, min(2, len(names)), squeeze=False).flatten()
     for axes, name in zip(grid, names, strict=False):
         part = [line for line in lines if line["workload"] == name][::-1]
@@ -179,7 +180,7 @@ def draw(lines: Sequence[Record], path: Path) -> None:
             [TITLES[line["peer"]] for line in part], [line["supervised_per_second"] for line in part], color=colours
         )
         axes.bar_label(bars, fmt="%.0f", padding=3)
-        axes.set(title=f"{name}: {WORKLOADS[name].about}", xlabel="supervised tokens per second")
+        axes.set(title=textwrap.fill(f"{name}: {WORKLOADS[name].about}", 50), xlabel="supervised tokens per second")
         axes.title.set_fontsize(9)
         axes.margins(x=0.15)
     for axes in grid[len(names) :]:
