@@ -61,12 +61,12 @@ def test_a_head_is_found_with_its_scale_and_its_cap(family: str, tiny: Tiny, exa
 
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.5, None), (1.0, 3.0), (2.0, 1.5)])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("tile", [1, 3, 100])
 def test_head_and_cross_entropy_equal_autograd(
-    scale: float, cap: float | None, bias: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+    scale: float, cap: float | None, bias: bool, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, width, vocab = 7, 5, 11
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * vocab * chunk)
+    monkeypatch.setattr(loss_module, "TILE", tile)
     hidden = torch.randn(rows, width, dtype=torch.float64, requires_grad=True)
     weight, b = torch.randn(vocab, width, dtype=torch.float64), torch.randn(vocab, dtype=torch.float64)
     targets = torch.randint(vocab, (rows,))
@@ -148,25 +148,36 @@ def test_a_head_that_does_more_than_multiply_is_called(kind: str, tiny: Tiny, ex
     assert evaluate(model, Batches(rows, 8)) == pytest.approx(own_loss(model, rows), rel=2e-6)
 
 
-@pytest.mark.parametrize(("chunk_bytes", "products"), [(None, 1), (4 * 5000 * 250, 3), (4 * 5000 - 1, 600)])
-def test_the_heads_weight_is_read_once_for_each_chunk(
-    chunk_bytes: int | None, products: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("tile", "shapes"), [(None, [(4096, 4), (904, 4)]), (5000, [(5000, 4)])])
+def test_the_heads_weight_is_read_once_tile_by_tile(
+    tile: int | None, shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An ordinary pass is one chunk; a row that is larger than a chunk is one of its own."""
-    calls: list[torch.Size] = []
+    calls: list[tuple[int, ...]] = []
 
-    def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        calls.append(x.shape)
-        return linear(x, *rest)
+    def counted(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append(tuple(weight.shape))
+        return linear(x, weight, *rest)
 
     linear = F.linear
     monkeypatch.setattr(F, "linear", counted)
-    if chunk_bytes is not None:
-        monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_bytes)
+    if tile is not None:
+        monkeypatch.setattr(loss_module, "TILE", tile)
     targets = torch.zeros(600, dtype=torch.long)
     LinearCrossEntropy.apply(torch.randn(600, 4), torch.randn(5000, 4), None, targets, 1.0, None)
-    assert len(calls) == products
-    assert sum(shape[0] for shape in calls) == 600
+    assert calls == shapes
+
+
+def test_logits_that_rise_from_tile_to_tile_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest logit comes last: all that was summed before shrinks to almost nothing."""
+    monkeypatch.setattr(loss_module, "TILE", 2)
+    hidden = torch.ones(1, 1, requires_grad=True)
+    weight, target = torch.tensor([[-500.0], [0.0], [200.0], [499.0], [500.0]]), torch.tensor([3])
+    loss = LinearCrossEntropy.apply(hidden, weight, None, target, 1.0, None)
+    loss.backward()
+    expected = F.cross_entropy(weight.T, target)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    p = weight.flatten().softmax(0)
+    assert hidden.grad.item() == pytest.approx((p @ weight).item() - 499.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError, AttributeError, RuntimeError])

@@ -2,7 +2,7 @@
 
 A head over 150,000 words is a third of a small model's work, and its logits are the largest tensor of a step. Most
 positions carry no loss, so only those that do go through it; and since the head is frozen, the gradient of its input
-can be made at once, chunk by chunk, while the logits are at hand. They are never kept for the backward pass.
+can be made at once, tile by tile, while the logits are at hand. They are never kept for the backward pass.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from lorafit.data.batches import Batch
 from lorafit.training.modes import evaluating
 
-# fp32 logits of one chunk of rows; large enough that the head's weight is read once or twice per pass.
-CHUNK_BYTES = 256 * 2**20
+TILE = 4096
+"""Words of the vocabulary whose logits are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
 class LinearCrossEntropy(torch.autograd.Function):
     """Σ cross-entropy of z = cap·tanh(scale·(hidden Wᵀ + b) / cap) against targets; hidden (n, h), frozen W (V, h).
 
-    ∂L/∂z = softmax(z) − onehot, and the chain back to `hidden` is linear: one more product with W, done in the forward
-    pass while z is in memory. In all that is two matrix products per chunk, and nothing of size V is kept.
+    One pass over the vocabulary in tiles of `TILE` words, with the softmax normalised as it goes (Milakov and
+    Gimelshein 2018, arXiv:1805.02867): m is the largest logit so far, s = Σ exp(z − m), and the expected row of W,
+    E = Σ exp(z − m)·∂z·W / s, is all that the gradient needs: ∂L/∂hidden = E − ∂z_target·W_target, with ∂z = ∂z/∂(Wh).
+    A tile of W is read once for both of its products, and its logits stay in the processor's cache.
     """
 
     @staticmethod
@@ -76,36 +78,44 @@ class LinearCrossEntropy(torch.autograd.Function):
         cap: float | None,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            z = F.linear(hidden[part], weight, bias).to(wide)
-            if scale != 1.0:
-                z.mul_(scale)
-            if cap is not None:
-                bend = z.div_(cap).tanh_()
-                z = bend * cap
-            log_sum = z.logsumexp(dim=1, keepdim=True)
-            chosen = targets[part, None]
-            total += (log_sum - z.gather(1, chosen)).sum()
-            if gradient is None:
-                continue
-            p = z.sub_(log_sum).exp_()
-            p.scatter_add_(1, chosen, p.new_full(chosen.shape, -1.0))
-            if cap is not None:
-                p.mul_(1 - bend.square())
-            gradient[part] = (p.mul_(scale) if scale != 1.0 else p).to(hidden.dtype) @ weight
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return total
+        n, vocab = hidden.shape[0], weight.shape[0]
+        largest = torch.full((n, 1), -torch.inf, dtype=wide, device=hidden.device)  # m
+        mass = torch.zeros_like(largest)  # s
+        expected = torch.zeros_like(hidden, dtype=wide) if ctx.needs_input_grad[0] else None  # E·s
+        for start in range(0, vocab, TILE):
+            part = slice(start, start + TILE)
+            z, slope = _bent(F.linear(hidden, weight[part], None if bias is None else bias[part]).to(wide), scale, cap)
+            before, largest = largest, torch.maximum(largest, z.amax(dim=1, keepdim=True))
+            shrink = (before - largest).exp_()
+            p = z.sub_(largest).exp_()  # not yet divided by s
+            mass.mul_(shrink).add_(p.sum(dim=1, keepdim=True))
+            if expected is not None:
+                p = p if slope is None else p.mul_(slope)
+                expected.mul_(shrink).add_(p.to(hidden.dtype) @ weight[part])
+        rows = weight[targets]  # (n, h)
+        own = (hidden.to(wide) * rows).sum(dim=1, keepdim=True)
+        own = own if bias is None else own + bias[targets, None]
+        chosen, slope = _bent(own.to(hidden.dtype).to(wide), scale, cap)  # rounded as in its tile
+        if expected is not None:
+            expected.div_(mass).sub_(rows if slope is None else rows * slope)
+            ctx.save_for_backward(expected.mul_(scale).to(hidden.dtype))
+        return (mass.log() + largest - chosen).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None, None, None, None
+
+
+def _bent(z: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """cap·tanh(scale·z / cap) and its slope 1 − tanh², in place of z; without a cap scale·z, and no slope."""
+    if scale != 1.0:
+        z = z.mul_(scale)
+    if cap is None:
+        return z, None
+    bend = z.div_(cap).tanh_()
+    return bend * cap, 1 - bend.square()
 
 
 @torch.no_grad()

@@ -19,11 +19,11 @@ from lorafit.data.batches import Batches
 from lorafit.lora.inject import plain_modules
 from lorafit.training.attention import LONG_ROW
 from lorafit.training.blocks import find_blocks
-from lorafit.training.loss import CHUNK_BYTES
+from lorafit.training.loss import TILE
 
 FP32_SHARE = 0.6
 FP32_WITH_ADAMW = 4 * 4  # bytes of a weight, its gradient and two moments
-LOGITS = 6  # bytes of a logit in the chunk under way: fp32, and in the base's precision before that
+LOGIT = 6  # bytes of a logit in the tile under way: fp32, and in the base's precision before that
 USED = 0.8
 """The share of the free memory that is planned with: the estimate is no measurement, and allocators leave gaps."""
 CGROUPS = Path("/sys/fs/cgroup")
@@ -37,16 +37,14 @@ class Need:
     adapter: int
     token: float
     logits: float
-    chunk: float = 1.5 * CHUNK_BYTES
 
     def activations(self, tokens: int) -> int:
         """What a pass of `tokens` takes beside weights and optimizer."""
-        return int(tokens * self.token + min(self.chunk, tokens * self.logits))
+        return int(tokens * (self.token + self.logits))
 
     def tokens(self, free: float) -> int:
         """The largest pass that fits into `free` bytes, at least one token."""
-        within = max((free - self.chunk) / self.token, free / (self.token + self.logits))
-        return max(1, int(within))
+        return max(1, int(free / (self.token + self.logits)))
 
 
 def need(model: nn.Module, longest: int, checkpointing: bool = False) -> Need:
@@ -68,7 +66,7 @@ def need(model: nn.Module, longest: int, checkpointing: bool = False) -> Need:
     token = width * (precision + FP32_SHARE) + weights
     if checkpointing:  # the input of each block, and all of the one that is computed again
         token = token / blocks + blocks * (getattr(config, "hidden_size", None) or 1) * precision
-    return Need(sum(p.nbytes for p in frozen), trained * FP32_WITH_ADAMW, token, LOGITS * config.vocab_size)
+    return Need(sum(p.nbytes for p in frozen), trained * FP32_WITH_ADAMW, token, LOGIT * min(TILE, config.vocab_size))
 
 
 def automatic_limit(model: nn.Module, batches: Batches, checkpointing: bool = False) -> int | None:
