@@ -59,7 +59,8 @@ EXPLAINED = (
         "the hook has made it a batch of one"),
     Explained("adapter/peft_format.py", "else dtype == self.dtype", "else dtype is self.dtype",
         "torch has one object for each type"),
-    *(Explained("training/loss.py", "TILE = 4096", f"TILE = {size}", "the size of a tile is a matter of memory and speed")
+    *(Explained("training/loss.py", "TILE = 4096", f"TILE = {size}",
+        "the size of a tile is a matter of memory and speed")
       for size in (4095, 4097)),
 )  # fmt: skip
 # These want to be told which names they may change.
