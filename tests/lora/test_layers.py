@@ -193,7 +193,7 @@ def test_unknown_init_is_named_with_the_nearest() -> None:
         LoraLinear(nn.Linear(3, 3), init="gausian")
 
 
-@pytest.mark.parametrize("name", INITS)
+@pytest.mark.parametrize("name", ["kaiming", "gaussian", "gaussian_both"])
 def test_the_starts_are_as_their_equations_say(name: str) -> None:
     W = torch.zeros(300, 400)
     A, B = INITS[name](W, 8, 2.0)
