@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from lorafit.config import LoraConfig, Names
-from lorafit.errors import NumericError, UsageError, listing, nearest
+from lorafit.errors import NumericError, UsageError, listing, nearest, said_of
 from lorafit.lora.identity import adapter_digest, note_merged
-from lorafit.lora.inits import Init, find_init
+from lorafit.lora.inits import Init, Pair, find_init
 from lorafit.lora.layers import VARIANTS, LoraLinear, TrainedCopy, formula
 from lorafit.lora.weights import is_readable, read_weight, write_weight
 
@@ -311,32 +311,37 @@ def _span(numbers: list[int]) -> str:
 # --- executing ------------------------------------------------------------------------------------
 
 
-def add_lora(model: nn.Module, config: LoraConfig | None = None) -> Plan:
+def add_lora(model: nn.Module, config: LoraConfig | None = None, starts: Mapping[str, Pair] | None = None) -> Plan:
     """Freeze `model` and wrap the layers that `config` names; returns the plan it executed.
 
     The base weights are held, not copied. A fresh adapter leaves the model's function as it was (but for the
     init 'gaussian_both'). Random numbers come from torch's global generator: seed it for a reproducible
-    start.
+    start. An init that looks at data has its (A, B) in `starts`: `add_lora(model, *calibrate(model, config, batches))`.
     """
     if attached(model) is not None:
         raise UsageError("this model already carries an adapter: unload_lora or merge_lora it first")
     plan = find_targets(model, config or LoraConfig())
-    execute(model, plan)
+    execute(model, plan, starts=starts)
     return plan
 
 
-def execute(model: nn.Module, plan: Plan, init: Init | None = None) -> None:
-    """Wrap the layers of `plan` and remember how to undo it. `init`, if given, takes the place of the plan's."""
+def execute(model: nn.Module, plan: Plan, init: Init | None = None, starts: Mapping[str, Pair] | None = None) -> None:
+    """Wrap the layers of `plan` and remember how to undo it.
+
+    `init`, if given, takes the place of the plan's; `starts` are A and B that are made already, by layer.
+    """
     config = plan.config
-    start = init or find_init(config.init)
+    start, starts = init or find_init(config.init), starts or {}
     wrappers: dict[str, Wrapper] = {}
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     try:
         for target in plan.targets:
             layer = model.get_submodule(target.name)
-            wrappers[target.name] = formula(layer, config.variant)(
-                layer, target.r, target.alpha, config.dropout, init=start, rslora=config.rslora
-            )
+            own = start.made(starts[target.name]) if target.name in starts else start
+            with said_of(target.name):
+                wrappers[target.name] = formula(layer, config.variant)(
+                    layer, target.r, target.alpha, config.dropout, init=own, rslora=config.rslora
+                )
         for name in plan.trained:
             wrappers[name] = TrainedCopy(model.get_submodule(name))
     except BaseException:

@@ -54,7 +54,7 @@ class LoraLinear(nn.Module):
         self.base_layer = base_layer
         self.r = r
         self.alpha = alpha
-        self.scale = alpha / r**0.5 if rslora else alpha / r
+        self.scale = scale_of(r, alpha, rslora)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.enabled = True
         self.register_buffer("lora_A0", None)
@@ -319,6 +319,11 @@ VARIANTS: dict[str, type[LoraLinear]] = {"lora": LoraLinear, "dora": DoraLinear}
 def formula(base_layer: nn.Module, variant: str) -> type[LoraLinear]:
     """The class that adapts `base_layer`."""
     return LoraEmbedding if isinstance(base_layer, nn.Embedding) else VARIANTS[variant]
+
+
+def scale_of(r: int, alpha: float, rslora: bool) -> float:
+    """s in ΔW = s·B·A."""
+    return alpha / r**0.5 if rslora else alpha / r
 
 
 def subtrahend(a: Tensor, difference: Tensor) -> Tensor:
