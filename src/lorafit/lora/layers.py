@@ -66,7 +66,8 @@ class LoraLinear(nn.Module):
 
     def start(self, W: Tensor, init: Init) -> None:
         """Make A and B and give them their first values; keep these where B·A is not 0."""
-        A, B = init(W, self.r, self.scale)
+        # By rows: AdamW's fused kernel goes through parameter and moments side by side, whatever their strides.
+        A, B = (factor.contiguous() for factor in init(W, self.r, self.scale))
         self.lora_A = _thin(A)
         self.lora_B = _thin(B)
         if init.start == "kept":
