@@ -25,6 +25,7 @@ from lorafit.config import LoraConfig, Names
 from lorafit.errors import AdapterError, UsageError, nearest
 from lorafit.lora import inject
 from lorafit.lora.inject import Plan
+from lorafit.lora.layers import VARIANTS, LoraLinear
 
 CONFIG = "adapter_config.json"
 LONGEST_FILE = 2**20
@@ -214,6 +215,21 @@ def describe(model: nn.Module, plan: Plan, base_model: str | None) -> dict[str, 
     if problem := next(filter(None, (_problem(*field) for field in said.items())), None):
         raise UsageError(f"this adapter cannot be saved in PEFT's format: {problem}")
     return said
+
+
+def in_pefts_words(plan: Plan) -> Plan:
+    """`plan` with the formula that PEFT has for it; UsageError if it has none.
+
+    Whatever a formula does to A and B, as long as it ends in W + s·B'·A' the pair B', A' is plain LoRA in a file.
+    """
+    kind = VARIANTS[plan.config.variant]
+    if plan.config.variant == "dora":
+        return plan
+    if kind.merged_weight is not LoraLinear.merged_weight:
+        raise UsageError(
+            f"variant '{plan.config.variant}' is not W + s·B·A: PEFT's format has no words for it; merge it instead"
+        )
+    return replace(plan, config=replace(plan.config, variant="lora"))
 
 
 def widened(plan: Plan, names: Collection[str]) -> Plan:

@@ -23,7 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.adapter.fingerprint import base_fingerprint, other_base
-from lorafit.adapter.peft_config import CONFIG, MADE_ANEW, describe, meaning, narrowed, plan_for, read_config, widened
+from lorafit.adapter.peft_config import (
+    CONFIG,
+    MADE_ANEW,
+    describe,
+    in_pefts_words,
+    meaning,
+    narrowed,
+    plan_for,
+    read_config,
+    widened,
+)
 from lorafit.adapter.untrusted import explained, parse, shown
 from lorafit.adapter.weights_file import NAME, Entry, WeightsFile, open_weights
 from lorafit.errors import AdapterError, NumericError, UsageError, listing
@@ -66,7 +76,7 @@ def save_lora(model: nn.Module, path: str | Path, base_model: str | None = None)
         raise NumericError(f"NaN or infinity in {listing(bad)}; nothing was written")
     base = base_fingerprint(model, inject.adapted_layers(model, found.plan))
     kept = [name for name, layer in inject.wrappers(model) if isinstance(layer, LoraLinear) and layer.kept]
-    plan = widened(found.plan, kept) if kept else found.plan
+    plan = in_pefts_words(widened(found.plan, kept) if kept else found.plan)
     note = {"base": base, "config": meaning(plan)} | ({"init": found.plan.config.init} if kept else {})
     target = Path(path)
     with new_folder(target, replaces=(WEIGHTS, CONFIG, "README.md")) as folder:

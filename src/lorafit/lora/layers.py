@@ -38,6 +38,7 @@ class LoraLinear(nn.Module):
     `base_layer` is an nn.Linear, a transformers Conv1D, or anything registered in `weights.py`.
     """
 
+    pair_names = ("lora_A.weight", "lora_B.weight")
     lora_A0: Tensor | None
     lora_B0: Tensor | None
 
@@ -111,12 +112,9 @@ class LoraLinear(nn.Module):
         return bool((A.any(dim=1) & B.any(dim=0)).any())
 
     def saved(self) -> dict[str, Tensor]:
-        """The adapter's tensors as a file holds them, by their names below the layer's own."""
-        held = {key: t for key, t in self.state_dict(keep_vars=True).items() if not key.startswith("base_layer.")}
-        if self.kept:
-            del held["lora_A0"], held["lora_B0"]
-            held["lora_A.weight"], held["lora_B.weight"] = self.update
-        return held
+        """The adapter's tensors as a file holds them, by their names below the layer's own: A', B' for A, B."""
+        own, pair = self.state_dict(keep_vars=True), dict(zip(self.pair_names, self.update, strict=True))
+        return {name: pair[name] if name in pair else own[name] for name in self.tensor_shapes(0, 0, 0)}
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> None:
@@ -265,6 +263,8 @@ class LoraEmbedding(LoraLinear):
     The same ΔW = s·B·A on the transposed table. A is looked up here, so A starts at 0 and B at N(0, 1), as in
     loralib.
     """
+
+    pair_names = ("lora_embedding_A", "lora_embedding_B")
 
     def start(self, W: Tensor, init: Init) -> None:
         dim, vocab = W.shape
