@@ -24,6 +24,8 @@ class Bug(NamedTuple):
 
 LAYERS, FUSED, INJECT = ("lora/test_layers.py",), ("lora/test_fused.py",), ("lora/test_inject.py",)
 WEIGHTS, IDENTITY = ("lora/test_weights.py",), ("lora/test_identity.py",)
+STARTS, KEPT, OWN = ("lora/test_inits.py",), ("lora/test_kept_start.py",), ("lora/test_extending.py",)
+CALIBRATE = ("training/test_calibrate.py",)
 LOSS, ATTENTION, OPTIM = ("training/test_loss.py",), ("training/test_attention.py",), ("training/test_optim.py",)
 LOOP, NUMBERS, RESUME = ("training/test_loop.py",), ("training/test_numbers.py",), ("training/test_checkpoint.py",)
 BATCHES, CHAT, GENERATE = ("data/test_batches.py",), ("data/test_chat.py",), ("model/test_generate.py",)
@@ -78,6 +80,40 @@ BUGS = (
     Bug("the adapter's share of x's gradient lost", "lora/fused.py", "grad_x.addmm_(k, A.to(k.dtype))", "pass", FUSED),
     Bug("the undropped x in A's gradient", "lora/fused.py",
         "ctx.save_for_backward(x if dropped is None else dropped, h,", "ctx.save_for_backward(x, h,", FUSED),
+    Bug("the gain left out of DoRA's gradients", "lora/fused_dora.py",
+        "        grad = torch.addcmul(grad, grad, more)\n", "", FUSED),
+    Bug("DoRA's gain on the bias, by hand", "lora/fused_dora.py", "u = v if bias is None else v - bias", "u = v",
+        FUSED),
+    Bug("DoRA's gain rounded to the base's precision", "lora/fused_dora.py", "more = (gain - 1).to(x.dtype)",
+        "more = gain.to(x.dtype) - 1", FUSED),
+    # The starts, and what is kept of them.
+    Bug("a start that is not kept", "lora/layers.py", "self.lora_A0, self.lora_B0 = A.clone(), B.clone()", "pass",
+        KEPT),
+    Bug("the difference of A lost", "lora/layers.py", "torch.cat([A, A - self.lora_A0])", "torch.cat([A, 0 * A])",
+        KEPT),
+    Bug("factors as an SVD lays them out", "lora/layers.py", "(factor.contiguous() for factor in",
+        "(factor for factor in", RESUME),
+    Bug("a subtrahend to the nearest", "lora/layers.py", "for toward in (-torch.inf, torch.inf):",
+        "for toward in ():", KEPT),
+    Bug("the singular values without the scale", "lora/inits.py", "root = (S / s).sqrt()", "root = S.sqrt()", STARTS),
+    Bug("LoRA-GA's B from the first r", "lora/inits.py", "scale * Vh[:r], scale * U[:, r:]",
+        "scale * Vh[:r], scale * U[:, :r]", STARTS),
+    Bug("moments without the means of the parts", "lora/inits.py",
+        ".addr_(away, away, alpha=self.count * len(x) / total)", "", STARTS),
+    Bug("CorDA's C in the units of the inputs", "lora/inits.py",
+        "C = C / C.diagonal().mean().clamp_min(torch.finfo(C.dtype).tiny)", "C = C + 0", STARTS),
+    Bug("padding among the inputs", "training/calibrate.py", "if passes.packed else alone:", "if True:", CALIBRATE),
+    Bug("hooks left behind", "training/calibrate.py", "            watch.handle.remove()\n", "            pass\n",
+        CALIBRATE),
+    Bug("flags not given back", "training/calibrate.py", "parameter.requires_grad_(True)", "pass", CALIBRATE),
+    Bug("shared ranks move the scale", "training/calibrate.py", "t.alpha * grown[t.name]", "t.alpha", CALIBRATE),
+    Bug("the file's alpha not doubled with its rank", "adapter/peft_config.py", "lambda alpha: factor * alpha",
+        "lambda alpha: alpha", KEPT),
+    Bug("the mark left out", "adapter/peft_format.py", '({"init": found.plan.config.init} if kept else {})', "{}",
+        KEPT),
+    Bug("a formula saved as another", "adapter/peft_config.py",
+        "if kind.merged_weight is not LoraLinear.merged_weight:", "if False:", OWN),
+    Bug("a start made again at resume", "app/cli.py", "restored=restored", "restored=False", ("app/test_cli.py",)),
     # Weights, planning, taking off, merging.
     Bug("tied weights stay tied", "lora/weights.py",
         "layer.weight = nn.Parameter(weight.to(old.dtype).contiguous(), requires_grad=old.requires_grad)",
@@ -347,7 +383,7 @@ BUGS = (
     Bug("values out of range accepted", "adapter/peft_config.py", "if not KINDS[name].fits(value) and", "if False and",
         SCHEMA),
     Bug("an init that changed the base", "adapter/peft_config.py",
-        'if name == "init_lora_weights" and value not in PLAIN_INITS:', "if False:", SCHEMA + PEFT),
+        'if name == "init_lora_weights" and value not in PLAIN_INITS + MADE_ANEW:', "if False:", SCHEMA + PEFT),
     Bug("a pattern may take its time", "adapter/peft_config.py", "if first < 0 or time.thread_time() > end:",
         "if first < 0:", SCHEMA),
     Bug("rsLoRA forgotten when loading", "adapter/peft_config.py", 'rslora=raw["use_rslora"]', "rslora=False",
