@@ -230,7 +230,7 @@ def merge(model: ModelConfig, out: OutConfig) -> None:
     console.print(f"merged model {out.out}, in {net.dtype} (--dtype for another precision)")
 
 
-def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedConfig, show: ShowConfig) -> None:
+def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, show: ShowConfig) -> None:
     """Show what would be trained, and on which tokens, before any compute; with --data alone: check the rows."""
     if data.data and not model.model:
         from lorafit.app.rows import counted
@@ -254,12 +254,12 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedCo
     console.print(str(plan))
     device = resolve_device(model.device)
     if not data.data:
-        console.print(estimate(skeleton, data.batch_size * data.max_length, data.max_length, device))
+        console.print(estimate(skeleton, data.batch_size * data.max_length, device, training.checkpointing))
     else:
         tokenizer = load_tokenizer(**source(model))
-        examples, held_out = rows.read_rows(model, data, tokenizer, seed.seed)
-        tokens = rows.largest_pass(rows.make_batches(examples, data, seed=seed.seed))
-        console.print(estimate(skeleton, tokens, max(len(example.ids) for example in examples), device))
+        examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
+        tokens = rows.largest_pass(rows.make_batches(examples, data, seed=training.seed))
+        console.print(estimate(skeleton, tokens, device, training.checkpointing))
         console.print(rows.summary(examples, held_out))
         for example in examples[: show.rows]:
             console.print(f"\n{example.source}")
