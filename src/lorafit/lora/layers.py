@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.errors import UsageError, nearest
-from lorafit.lora.fused import LowRankLinear
+from lorafit.lora.fused import Parts, low_rank_linear
 from lorafit.lora.inits import INITS, factor_dtype
 from lorafit.lora.weights import read_weight
 
@@ -132,12 +132,19 @@ class LoraLinear(nn.Module):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
 
+    @property
+    def parts(self) -> Parts:
+        """What `low_rank_linear` works with."""
+        return Parts(read_weight(self.base_layer), self.bias, *self.factors, self.scale)
+
+    @property
+    def drops(self) -> bool:
+        """Whether A sees less than the base layer does."""
+        return self.training and isinstance(self.dropout, nn.Dropout)
+
     def _fused(self, x: Tensor) -> Tensor:
-        A, B = self.factors
         rows = x.reshape(-1, x.shape[-1])
-        dropped = None if isinstance(self.dropout, nn.Identity) or not self.training else self.dropout(rows)
-        W = read_weight(self.base_layer)
-        y: Tensor = LowRankLinear.apply(rows, dropped, W, self.bias, A, B, self.scale)  # type: ignore[no-untyped-call]
+        (y,) = low_rank_linear(rows, self.dropout(rows) if self.drops else None, [self.parts])
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def extra_repr(self) -> str:
