@@ -98,7 +98,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], rule: Rule)
 def _has_varlen(q: Tensor, v: Tensor, rule: Rule) -> bool:
     """Whether torch's own kernel for rows of different lengths does this: half precision on CUDA, nothing special."""
     half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] <= 256
-    new = torch.__version__ >= (2, 12)  # before, it knew no grouped heads
+    new = torch.__version__ >= "2.12"  # as versions, not letters; before, it knew no grouped heads
     return new and q.is_cuda and half and rule.cap is None and not rule.dropout
 
 
