@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lorafit.data.batches import Batches
     from lorafit.data.read import read_examples
     from lorafit.errors import LorafitError
-    from lorafit.lora.inits import INITS
+    from lorafit.lora.inits import INITS, init
     from lorafit.lora.inject import (
         add_lora,
         count_parameters,
@@ -35,7 +35,7 @@ _HOME = {
     "config": ("DataConfig", "LoraConfig", "ModelConfig", "TrainConfig"),
     "errors": ("LorafitError",),
     "lora.layers": ("VARIANTS", "DoraLinear", "LoraEmbedding", "LoraLinear"),
-    "lora.inits": ("INITS",),
+    "lora.inits": ("INITS", "init"),
     "lora.inject": (
         "add_lora",
         "count_parameters",
@@ -74,6 +74,7 @@ __all__ = [
     "evaluate",
     "find_targets",
     "generate",
+    "init",
     "load_lora",
     "load_model",
     "lora_disabled",

@@ -85,8 +85,7 @@ class LoraConfig:
         _named(self, "targets", "exclude", "train_modules")
         if self.layers is not None and not all(type(n) is int and n >= 0 for n in _items(self.layers)):
             raise UsageError(f"layers must be a list of block numbers, not {self.layers!r}")
-        _positive(self, "r", "alpha", "init_rows")
-        _within(self, 1, math.inf, "init_rho")
+        _positive(self, "r", "alpha", "init_rows", "init_rho")
         _within(self, 0, 1, "dropout")
         for label in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, label)

@@ -25,6 +25,7 @@ from lorafit.config import LoraConfig, Names
 from lorafit.errors import AdapterError, UsageError, nearest
 from lorafit.lora import inject
 from lorafit.lora.inject import Plan
+from lorafit.lora.layers import VARIANTS, LoraLinear
 
 CONFIG = "adapter_config.json"
 LONGEST_FILE = 2**20
@@ -141,8 +142,10 @@ UNSUPPORTED: dict[str, Any] = {
 }
 KINDS = {name: kind for name, (_, kind) in (READ | HISTORY).items()}
 DEFAULTS: dict[str, Any] = {name: default for name, (default, _) in (READ | HISTORY).items()} | UNSUPPORTED
-# Initialisations that leave the base weight alone; for the others PEFT changes the base when it loads a file.
+# Initialisations that leave the base weight alone; for the others PEFT changes the base when it loads a file. It makes
+# these anew from the base, which gives the same change again; those that draw random numbers or look at data do not.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+MADE_ANEW = ("pissa", "olora")
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def _problem(name: str, value: Any) -> str | None:
         return f"{said} is not supported; lorafit would compute something else than PEFT" if refused else None
     if not KINDS[name].fits(value) and (value is not None or name in NEEDED):
         return f"{said}: {KINDS[name].expected} is expected"
-    if name == "init_lora_weights" and value not in PLAIN_INITS:
+    if name == "init_lora_weights" and value not in PLAIN_INITS + MADE_ANEW:
         return (
             f"{said} belongs to a changed base model; "
             "convert the adapter in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)"
@@ -212,6 +215,21 @@ def describe(model: nn.Module, plan: Plan, base_model: str | None) -> dict[str, 
     if problem := next(filter(None, (_problem(*field) for field in said.items())), None):
         raise UsageError(f"this adapter cannot be saved in PEFT's format: {problem}")
     return said
+
+
+def in_pefts_words(plan: Plan) -> Plan:
+    """`plan` with the formula that PEFT has for it; UsageError if it has none.
+
+    Whatever a formula does to A and B, as long as it ends in W + s·B'·A' the pair B', A' is plain LoRA in a file.
+    """
+    kind = VARIANTS[plan.config.variant]
+    if plan.config.variant == "dora":
+        return plan
+    if kind.merged_weight is not LoraLinear.merged_weight:
+        raise UsageError(
+            f"variant '{plan.config.variant}' is not W + s·B·A: PEFT's format has no words for it; merge it instead"
+        )
+    return replace(plan, config=replace(plan.config, variant="lora"))
 
 
 def widened(plan: Plan, names: Collection[str]) -> Plan:

@@ -108,18 +108,23 @@ def fine_tune(
     import torch
 
     from lorafit.adapter.peft_format import load_lora, save_lora
-    from lorafit.app import rows, runs
-    from lorafit.lora.inject import add_lora
+    from lorafit.app import rows, runs, starts
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
+    from lorafit.training.checkpoint import whole_states
 
     console = make_console()
     examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), training.seed)
     net, _ = load_model(**base(model))
-    torch.manual_seed(training.seed)  # the start of A
-    plan = load_lora(net, model.adapter, force_base=model.force_base) if model.adapter else add_lora(net, lora)
-    console.print(f"{plan}\n{rows.summary(examples, held_out)}")
     batches = rows.make_batches(examples, data, seed=training.seed)
+    torch.manual_seed(training.seed)  # the start of A
+    if model.adapter:
+        plan = load_lora(net, model.adapter, force_base=model.force_base)
+    else:
+        restored = resume and bool(whole_states(folder / runs.CHECKPOINTS))
+        plan = starts.put_in(net, lora, batches, console.print, restored=restored)
+        lora = plan.config  # with the ranks that the data asked for
+    console.print(f"{plan}\n{rows.summary(examples, held_out)}")
     evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
     settings = as_dict(model, lora, data, training, OutConfig(out=str(folder)))
     done = runs.start(folder, settings, resume=resume)
@@ -241,24 +246,36 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: Tr
         return print(summary)
     need("inspect", model=model.model)
     from lorafit.adapter.peft_format import load_lora
-    from lorafit.app import rows
+    from lorafit.app import rows, starts
     from lorafit.app.memory import estimate
-    from lorafit.lora.inject import add_lora
-    from lorafit.model.load import load_skeleton, load_tokenizer, resolve_device
+    from lorafit.lora.inits import find_init
+    from lorafit.model.load import load_model, load_skeleton, load_tokenizer, resolve_device
 
     console = make_console()
     skeleton = load_skeleton(**base(model))
+    batches = None
+    if data.data:
+        tokenizer = load_tokenizer(**source(model))
+        examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
+        batches = rows.make_batches(examples, data, seed=training.seed)
+    init = find_init(lora.init)
+    if not model.adapter and (init.start == "kept" or init.statistic):  # what it does is in the weights
+        net, _ = load_model(**base(model))
+        lora, made = starts.looked_at(net, lora, batches, console.print)
+        for line in starts.described(net, lora, made) if init.start == "kept" else ():
+            console.print(line)
+        del net
     plan = (
-        load_lora(skeleton, model.adapter, force_base=model.force_base) if model.adapter else add_lora(skeleton, lora)
+        load_lora(skeleton, model.adapter, force_base=model.force_base)
+        if model.adapter
+        else starts.laid_out(skeleton, lora)
     )
     console.print(str(plan))
     device = resolve_device(model.device)
-    if not data.data:
+    if batches is None:
         console.print(estimate(skeleton, data.batch_size * data.max_length, device, training.checkpointing))
     else:
-        tokenizer = load_tokenizer(**source(model))
-        examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
-        tokens = rows.largest_pass(rows.make_batches(examples, data, seed=training.seed))
+        tokens = rows.largest_pass(batches)
         console.print(estimate(skeleton, tokens, device, training.checkpointing))
         console.print(rows.summary(examples, held_out))
         for example in examples[: show.rows]:

@@ -8,6 +8,7 @@ endings at a dot; a single string is one regular expression for the whole name. 
 matches nothing is an error.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -278,10 +279,11 @@ def _unreachable(model: nn.Module, trained: Iterable[str]) -> dict[str, int]:
 def _counts(
     model: nn.Module, config: LoraConfig, targets: Iterable[Target], trained: Mapping[str, nn.Module]
 ) -> tuple[int, int]:
-    extra = 1 if config.variant == "dora" else 0
-    trainable = sum(t.r * sum(t.shape) + extra * t.shape[0] for t in targets)
+    modules = plain_modules(model)
+    shapes = [formula(modules[t.name], config.variant).tensor_shapes(*t.shape, t.r) for t in targets]
+    trainable = sum(math.prod(shape) for layer in shapes for shape in layer.values())
     trainable += sum(p.numel() for module in trained.values() for p in module.parameters())
-    plain = {p for m in (model, *plain_modules(model).values()) for p in m.parameters(recurse=False)}
+    plain = {p for m in (model, *modules.values()) for p in m.parameters(recurse=False)}
     return trainable, sum(p.numel() for p in plain) + trainable
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.lora.fused import Parts, low_rank_linear
+from lorafit.lora.fused_dora import GainedLowRankLinear
 from lorafit.lora.inits import Init, factor_dtype, find_init
 from lorafit.lora.weights import read_weight
 
@@ -37,6 +38,7 @@ class LoraLinear(nn.Module):
     `base_layer` is an nn.Linear, a transformers Conv1D, or anything registered in `weights.py`.
     """
 
+    pair_names = ("lora_A.weight", "lora_B.weight")
     lora_A0: Tensor | None
     lora_B0: Tensor | None
 
@@ -66,7 +68,8 @@ class LoraLinear(nn.Module):
 
     def start(self, W: Tensor, init: Init) -> None:
         """Make A and B and give them their first values; keep these where B·A is not 0."""
-        A, B = init(W, self.r, self.scale)
+        # By rows: AdamW's fused kernel goes through parameter and moments side by side, whatever their strides.
+        A, B = (factor.contiguous() for factor in init(W, self.r, self.scale))
         self.lora_A = _thin(A)
         self.lora_B = _thin(B)
         if init.start == "kept":
@@ -109,12 +112,9 @@ class LoraLinear(nn.Module):
         return bool((A.any(dim=1) & B.any(dim=0)).any())
 
     def saved(self) -> dict[str, Tensor]:
-        """The adapter's tensors as a file holds them, by their names below the layer's own."""
-        held = {key: t for key, t in self.state_dict(keep_vars=True).items() if not key.startswith("base_layer.")}
-        if self.kept:
-            del held["lora_A0"], held["lora_B0"]
-            held["lora_A.weight"], held["lora_B.weight"] = self.update
-        return held
+        """The adapter's tensors as a file holds them, by their names below the layer's own: A', B' for A, B."""
+        own, pair = self.state_dict(keep_vars=True), dict(zip(self.pair_names, self.update, strict=True))
+        return {name: pair[name] if name in pair else own[name] for name in self.tensor_shapes(0, 0, 0)}
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> None:
@@ -160,7 +160,10 @@ class LoraLinear(nn.Module):
             return result
         if self._plain(x):
             return self._fused(x)
-        y: Tensor = self.base_layer(x)
+        return self._added_to(self.base_layer(x), x)
+
+    def _added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """What comes out of the layer if y (…, out) comes out of its base."""
         return y + self._low_rank(x).to(y.dtype)
 
     def _low_rank(self, x: Tensor) -> Tensor:
@@ -199,8 +202,13 @@ class LoraLinear(nn.Module):
 
     def _fused(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        (y,) = low_rank_linear(rows, self.dropout(rows) if self.drops else None, [self.parts])
+        y = self._fused_rows(rows, self.dropout(rows) if self.drops else None)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
+        """`forward` with a hand-written backward, (n, in) -> (n, out); `dropped` is x behind an active dropout."""
+        (y,) = low_rank_linear(x, dropped, [self.parts])
+        return y
 
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha:g}"
@@ -240,14 +248,21 @@ class DoraLinear(LoraLinear):
         norm = V.square().sum(dim=1).clamp_min(TINY).sqrt()
         return (V * (self.lora_magnitude_vector / norm).unsqueeze(1)).to(W.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)
-        if not self.enabled:
-            return y
+    @property
+    def gain(self) -> Tensor:
+        """m / ‖W + s·B·A‖, (out,)"""
+        return self.lora_magnitude_vector / self.row_norm()
+
+    def _added_to(self, y: Tensor, x: Tensor) -> Tensor:
         Wx = y if self.bias is None else y - self.bias
-        gain = self.lora_magnitude_vector / self.row_norm()  # (out,)
+        gain = self.gain
         # y plus a difference that is exactly 0 at the start, so that step 0 is the base model bit for bit.
         return y + (gain - 1).to(y.dtype) * Wx + gain.to(y.dtype) * self._low_rank(x).to(y.dtype)
+
+    def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
+        W, (A, B) = read_weight(self.base_layer), self.update
+        y: Tensor = GainedLowRankLinear.apply(x, dropped, W, self.bias, A, B, self.gain, self.scale)  # type: ignore[no-untyped-call]
+        return y
 
 
 class LoraEmbedding(LoraLinear):
@@ -256,6 +271,8 @@ class LoraEmbedding(LoraLinear):
     The same ΔW = s·B·A on the transposed table. A is looked up here, so A starts at 0 and B at N(0, 1), as in
     loralib.
     """
+
+    pair_names = ("lora_embedding_A", "lora_embedding_B")
 
     def start(self, W: Tensor, init: Init) -> None:
         dim, vocab = W.shape
