@@ -205,18 +205,19 @@ def _trained_modules(modules: Mapping[str, nn.Module], patterns: tuple[str, ...]
 
 def _check_patterns(config: LoraConfig, chosen: list[str], strict: bool) -> None:
     for label, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        idle = [key for key in pattern if strict and not any(_key_matches(key, name) for name in chosen)]
+        idle = [key for key in pattern if strict and not any(key_matches(key, name) for name in chosen)]
         if idle:
             raise UsageError(_no_match(label, idle, chosen))
 
 
 def _resolve(pattern: Mapping[str, float], name: str, default: float) -> float:
     """The value for `name`: of all keys that match the most specific (longest) wins, in any order."""
-    keys = [name] if name in pattern else [key for key in pattern if _key_matches(key, name)]
+    keys = [name] if name in pattern else [key for key in pattern if key_matches(key, name)]
     return pattern[max(keys, key=len)] if keys else default
 
 
-def _key_matches(key: str, name: str) -> bool:
+def key_matches(key: str, name: str) -> bool:
+    """Whether a key of a pattern, a name ending or a regular expression for one, stands for `name`."""
     return key == name or _expression(rf"(.*\.)?({key})$").match(name) is not None
 
 

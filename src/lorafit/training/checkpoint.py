@@ -159,7 +159,7 @@ def settings(run: Run, evaluation: Batches | None) -> dict[str, Any]:
     adapter = as_dict(found.plan.config) if found else {}
     chosen = {name: value for name, value in as_dict(run.config).items() if name not in FREE}
     made = {name: getattr(batches, name) for name in ("batch_size", "accumulate", "max_tokens_per_pack", "shuffle")}
-    shapes = [(name, tuple(tensor.shape)) for name, tensor in run.trained()]
+    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in run.trained())
     layers = [(t.name, t.r, t.alpha) for t in found.plan.targets] if found else []
     described = {
         **adapter,
