@@ -110,6 +110,9 @@ class ModelConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = knob(
         "auto", "precision of the base; auto: bfloat16 where the processor computes it natively, else float32"
     )
+    storage: Literal["dense", "int8"] = knob(
+        "dense", "how the frozen linear layers are kept; int8: 8-bit codes and a scale per row, half of bfloat16's size"
+    )
     device: str = knob("auto", "cpu, cuda, cuda:1, mps …; auto: the first accelerator, else cpu")
     trust_remote_code: bool = knob(False, "run Python code that comes with the model; leave off unless you read it")
     chat_template: str | None = knob(

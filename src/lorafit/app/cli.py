@@ -216,16 +216,18 @@ def merge(model: ModelConfig, out: OutConfig) -> None:
     from lorafit.lora.inject import merge_lora
     from lorafit.model.compare import compare, probe
     from lorafit.model.load import load_model, save_model
+    from lorafit.model.storage import store
 
     check_replaceable(out.out, replaces=())
+    console = make_console()
     net: Any
     net, tokenizer = load_model(**with_adapter(model))
-    need_space(Path(out.out), sum(p.nbytes for p in net.parameters()))
+    need_space(Path(out.out), sum(p.numel() for p in net.parameters()) * net.dtype.itemsize)
     before = probe(net, tokenizer)
-    merge_lora(net)
+    merge_lora(net, on_note=console.print)
+    store(net, "dense")  # other programs read nothing else
     difference = compare(before, probe(net, tokenizer, like=before))
     save_model(net, tokenizer, out.out, replaces=())
-    console = make_console()
     console.print(f"adapter and merged model on {len(before.rows)} prompts: {difference}")
     console.print(f"merged model {out.out}, in {net.dtype} (--dtype for another precision)")
 
@@ -291,8 +293,8 @@ def source(model: ModelConfig) -> dict[str, Any]:
 
 
 def base(model: ModelConfig) -> dict[str, Any]:
-    """The same with its precision and device."""
-    return {**source(model), "dtype": model.dtype, "device": model.device}
+    """The same with its precision, device and storage."""
+    return {**source(model), "dtype": model.dtype, "device": model.device, "storage": model.storage}
 
 
 def with_adapter(model: ModelConfig) -> dict[str, Any]:

@@ -9,8 +9,9 @@ matches nothing is an error.
 """
 
 import re
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -200,6 +201,9 @@ def _trained_modules(modules: Mapping[str, nn.Module], patterns: tuple[str, ...]
     idle = [entry for entry in patterns if strict and not any(matches((entry,), name) for name in modules)]
     if idle:
         raise UsageError(_no_match("train_modules", idle, modules))
+    parameters = [(key, p) for name, module in found.items() for key, p in module.named_parameters(name)]
+    if stored := [key for key, p in parameters if not p.is_floating_point()]:
+        raise UsageError(f"train_modules: {listing(stored)} are no floating-point numbers, which cannot be trained")
     return {name: m for name, m in found.items() if not name.startswith(tuple(f"{n}." for n in found if n != name))}
 
 
@@ -402,13 +406,14 @@ def remove_lora(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> nn.Module:
+def merge_lora(model: nn.Module, on_note: Callable[[str], object] = warnings.warn) -> nn.Module:
     """Make W + ΔW the model's own weights, summed in fp32 and rounded once; the model is plain again. Returns
     it.
 
     All or nothing: NumericError names every layer whose sum is not finite, and nothing has been changed then.
     A tied weight (embedding and head in one) is untied first, so that the other end keeps what it had, and
-    the configuration says so. It also remembers the adapter, so that `load_lora` does not put it in twice.
+    the configuration says so. It also remembers the adapter, so that `load_lora` does not put it in twice. Layers
+    whose storage cannot hold the sum (8 bits) become dense, of which `on_note` hears.
     """
     found = list(wrappers(model))
     if not found:
@@ -422,13 +427,16 @@ def merge_lora(model: nn.Module) -> nn.Module:
     owners: dict[int, set[str]] = defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].add(name)
-    untied = False
+    untied, thawed = False, []
     for name, layer in found:
         plain = layer.trained if isinstance(layer, TrainedCopy) else layer.base_layer
         untied |= any(len(owners[id(parameter)]) > 1 for parameter in layer.base_layer.parameters())
         if isinstance(layer, LoraLinear):
-            write_weight(plain, layer.merged_weight())
+            plain = write_weight(plain, layer.merged_weight())
+            thawed += [name] if plain is not layer.base_layer else []
         model.set_submodule(name, plain)
+    if thawed:
+        on_note(f"merged into what their storage held, not into the original weights, and dense now: {listing(thawed)}")
     if untied:
         _declare_untied(model)
     note_merged(model, digest)

@@ -169,6 +169,7 @@ def settings(run: Run, evaluation: Batches | None) -> dict[str, Any]:
         "packed": run.passes.packed,
         "rows": _digest_rows(batches),
         "held-out rows": _digest_rows(evaluation) if evaluation else None,
+        "storage": sorted({type(layer).__name__ for layer in _adapted_layers(run.model).values()}),
         "trained layers": hashlib.sha256(repr((shapes, layers)).encode()).hexdigest()[:16],
     }
     plain: dict[str, Any] = json.loads(json.dumps(described))
