@@ -184,6 +184,12 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding in full": ("gemma2", {"train_modules": ("embed_tokens",)}),
     "a block in full": ("llama", {"train_modules": ("layers.1.mlp",)}),
     "only a module in full": ("llama", {"train_modules": ("norm",), "targets": ("q_proj",)}),
+    "a kept start": ("llama", {"init": "pissa"}),
+    "a kept start, Conv1D": ("gpt2", {"init": "pissa"}),
+    "a kept start, rsLoRA": ("qwen3", {"init": "pissa", "rslora": True}),
+    "a kept start, DoRA": ("llama", {"init": "pissa", "variant": "dora"}),
+    "a kept start, overlapping patterns, rsLoRA": ("qwen3", OVERLAPPING | {"init": "pissa", "rslora": True}),
+    "a kept start and an embedding": ("llama", {"init": "pissa", "targets": ("embed_tokens", "q_proj")}),
 }
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorafit.lora.layers import VARIANTS, DoraLinear, LoraEmbedding, LoraLinear
     from lorafit.model.generate import generate, stream
     from lorafit.model.load import load_model
+    from lorafit.training.calibrate import calibrate
     from lorafit.training.loop import evaluate, train
 
 # Where each public name lives. They are imported when first used: `lorafit --help` must not wait for torch.
@@ -47,6 +48,7 @@ _HOME = {
     "adapter.peft_format": ("load_lora", "save_lora", "unload_lora"),
     "data.read": ("read_examples",),
     "data.batches": ("Batches",),
+    "training.calibrate": ("calibrate",),
     "training.loop": ("evaluate", "train"),
     "model.load": ("load_model",),
     "model.generate": ("generate", "stream"),
@@ -67,6 +69,7 @@ __all__ = [
     "ModelConfig",
     "TrainConfig",
     "add_lora",
+    "calibrate",
     "count_parameters",
     "evaluate",
     "find_targets",

@@ -76,6 +76,10 @@ class LoraConfig:
     exclude: Names = knob((), "name endings, or one regular expression, of layers to leave alone")
     layers: tuple[int, ...] | None = knob(None, "adapt only the transformer blocks with these numbers")
     init: str = knob("kaiming", "how A and B start (the names in lorafit.INITS)")
+    init_rows: int = knob(256, "rows of the data that an init which looks at data is shown")
+    init_rho: float = knob(
+        2.0, "eva: a layer's rank may grow to this many times r, at the cost of others; 1, or a rank_pattern: none does"
+    )
     variant: str = knob("lora", "the formula (the names in lorafit.VARIANTS)")
     rslora: bool = knob(False, "rank-stabilised scale, alpha / sqrt(r) (arXiv:2312.03732)")
     rank_pattern: Mapping[str, int] = knob({}, "other ranks for some layers: {name ending or regex: r}")
@@ -91,7 +95,8 @@ class LoraConfig:
         _named(self, "targets", "exclude", "train_modules")
         if self.layers is not None and not all(type(n) is int and n >= 0 for n in _items(self.layers)):
             raise UsageError(f"layers must be a list of block numbers, not {self.layers!r}")
-        _positive(self, "r", "alpha")
+        _positive(self, "r", "alpha", "init_rows")
+        _within(self, 1, math.inf, "init_rho")
         _within(self, 0, 1, "dropout")
         _patterns(self, "rank_pattern", "alpha_pattern")
         for rank in (self.r, *self.rank_pattern.values()):

@@ -13,31 +13,34 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from os.path import isfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorafit.adapter.fingerprint import base_fingerprint, other_base
-from lorafit.adapter.peft_config import CONFIG, describe, meaning, plan_for, read_config
+from lorafit.adapter.peft_config import CONFIG, describe, meaning, narrowed, plan_for, read_config, widened
 from lorafit.adapter.untrusted import explained, parse, shown
 from lorafit.adapter.weights_file import NAME, Entry, WeightsFile, open_weights
 from lorafit.errors import AdapterError, NumericError, UsageError, listing
 from lorafit.files import MANIFEST, damaged, new_folder, read_manifest, write_json, write_tensors
 from lorafit.lora import inject
 from lorafit.lora.identity import adapter_digest, merged_digests
-from lorafit.lora.inits import factor_dtype
+from lorafit.lora.inits import BLANK, BLANK_KEPT, Init, factor_dtype, find_init
 from lorafit.lora.inject import Plan
-from lorafit.lora.layers import VARIANTS, LoraEmbedding
+from lorafit.lora.layers import LoraLinear, formula
 from lorafit.lora.weights import read_weight
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NOTE = "lorafit"
-"""The key of what we write into the metadata of the weights: the base's fingerprint, the configuration's meaning."""
+"""The key of what we write into the metadata of the weights: the base's fingerprint and the configuration's meaning.
+Where a start is kept, the init too: the pairs in the file are then [A; A − A0] and [B − B0, B0], of twice the rank."""
 
 
 # --- saving ---------------------------------------------------------------------------------------
@@ -55,18 +58,20 @@ def save_lora(model: nn.Module, path: str | Path, base_model: str | None = None)
     found = inject.attached(model)
     if found is None:
         raise UsageError("there is no adapter in this model to save")
-    state = inject.adapter_state(model)
+    state = inject.file_state(model)
     tensors = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     if strange := [name for name in tensors if not NAME.fullmatch(name)]:
         raise UsageError(f"a name in a file is of printable ASCII without blanks, not {listing(map(shown, strange))}")
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise NumericError(f"NaN or infinity in {listing(bad)}; nothing was written")
     base = base_fingerprint(model, inject.adapted_layers(model, found.plan))
-    note = json.dumps({"base": base, "config": meaning(found.plan)}, sort_keys=True, separators=(",", ":"))
+    kept = [name for name, layer in inject.wrappers(model) if isinstance(layer, LoraLinear) and layer.kept]
+    plan = widened(found.plan, kept) if kept else found.plan
+    note = {"base": base, "config": meaning(plan)} | ({"init": found.plan.config.init} if kept else {})
     target = Path(path)
     with new_folder(target, replaces=(WEIGHTS, CONFIG, "README.md")) as folder:
-        write_tensors(folder / WEIGHTS, tensors, about={NOTE: note})
-        write_json(folder / CONFIG, describe(model, found.plan, base_model))
+        write_tensors(folder / WEIGHTS, tensors, about={NOTE: json.dumps(note, sort_keys=True, separators=(",", ":"))})
+        write_json(folder / CONFIG, describe(model, plan, base_model))
     return target
 
 
@@ -88,20 +93,21 @@ def load_lora(model: nn.Module, path: str | Path, *, trainable: bool = True, for
     tensor; the model is unchanged then, and the base weights are in any case. So it does if the adapter was made
     on another base (unless `force_base`), is already merged into this one, or is not what was saved.
     """
-    plan, tensors = _read(model, Path(path), force_base)
+    plan, tensors, start = _read(model, Path(path), force_base)
     inject.remove_lora(model)
     with torch.random.fork_rng(devices=[]):  # the start of A and B is overwritten: leave the caller's random numbers be
-        inject.execute(model, plan)
-    with torch.no_grad():
-        for name, value in inject.adapter_state(model).items():
-            value.copy_(tensors[name])
-            if isinstance(value, nn.Parameter):
-                value.requires_grad_(trainable)
+        inject.execute(model, plan, start)
+    for name, layer in inject.wrappers(model):
+        layer.take({key: tensors[f"{name}.{key}"] for key in layer.saved()})
+    for value in inject.adapter_state(model).values():
+        if isinstance(value, nn.Parameter):
+            value.requires_grad_(trainable)
     return plan
 
 
-def _read(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[str, Tensor]]:
-    """What to do to `model`, and with which values; AdapterError before anything is done. Changes nothing."""
+def _read(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[str, Tensor], Init]:
+    """What to do to `model`, with which values and how to begin; AdapterError before anything is done. Changes
+    nothing."""
     if not isfile(folder / WEIGHTS) and isfile(folder / "adapter_model.bin"):
         raise AdapterError(
             f"{folder}: adapter_model.bin is a pickle, which lorafit never opens: load it in PEFT and "
@@ -112,7 +118,7 @@ def _read(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[
         plan = plan_for(model, read_config(folder), entries, folder)
         needed, copies = _needed(model, plan), _copies(model, plan)
         _check_header(needed, entries, copies, folder)
-        _check_origin(model, plan, file, force_base)
+        note = _check_origin(model, plan, file, force_base)
         tensors = {name: file.read(entries[name]) for name in needed}
         repeated = [] if force_base else [name for name in copies if name in entries]
         problems = {
@@ -123,7 +129,21 @@ def _read(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[
     merged = merged_digests(model)
     if merged and adapter_digest(tensors) in merged:
         raise AdapterError(f"{folder}: already merged into this model: load it on the model it was trained on")
-    return plan, tensors
+    if "init" not in note:
+        return plan, tensors, BLANK
+    return _narrowed(model, plan, note["init"], folder), tensors, BLANK_KEPT
+
+
+def _narrowed(model: nn.Module, plan: Plan, init: Any, folder: Path) -> Plan:
+    """The plan whose layers have a kept start and are, in the file, the pairs of twice the rank that `plan` names."""
+    modules = inject.plain_modules(model)
+    kept = [t.name for t in plan.targets if not isinstance(modules[t.name], nn.Embedding)]
+    if odd := [t.name for t in plan.targets if t.name in kept and t.r % 2] or ([CONFIG] if plan.config.r % 2 else []):
+        raise AdapterError(f"{folder}: its note says that a start is kept, but an odd rank has none: {listing(odd)}")
+    plan = narrowed(plan, kept)
+    with suppress(UsageError):  # where it is not registered, its name is lost and nothing else
+        plan = replace(plan, config=replace(plan.config, init=find_init(str(init)).name))
+    return plan
 
 
 def _by_plain_name(file: WeightsFile) -> dict[str, Entry]:
@@ -158,7 +178,7 @@ def _needed(model: nn.Module, plan: Plan) -> dict[str, _Slot]:
     slots = {}
     for target in plan.targets:
         layer = modules[target.name]
-        kind = LoraEmbedding if isinstance(layer, nn.Embedding) else VARIANTS[plan.config.variant]
+        kind = formula(layer, plan.config.variant)
         for key, shape in kind.tensor_shapes(*target.shape, target.r).items():
             slots[f"{target.name}.{key}"] = _Slot(shape, factor_dtype(read_weight(layer)))
     for name in plan.trained:
@@ -193,8 +213,8 @@ def _check_header(
     _raise_if_any(problems, folder)
 
 
-def _check_origin(model: nn.Module, plan: Plan, file: WeightsFile, force_base: bool) -> None:
-    """What only files of ours can tell: that they are what was saved, together, and on this base."""
+def _check_origin(model: nn.Module, plan: Plan, file: WeightsFile, force_base: bool) -> dict[str, Any]:
+    """What only files of ours can tell: that they are what was saved, together, and on this base. Returns the note."""
     folder, ours = file.path.parent, NOTE in file.metadata
     broken = damaged(folder, [WEIGHTS])
     if broken and (ours or read_manifest(folder) is not None):  # else another program has a manifest.json, too
@@ -203,7 +223,7 @@ def _check_origin(model: nn.Module, plan: Plan, file: WeightsFile, force_base: b
             f"or delete {MANIFEST} if it was changed on purpose"
         )
     if not ours:
-        return
+        return {}
     with explained(file.path, f"intact: its metadata '{NOTE}' cannot be read"):
         note = parse(file.metadata[NOTE].encode())
         if not isinstance(note, dict):
@@ -216,6 +236,7 @@ def _check_origin(model: nn.Module, plan: Plan, file: WeightsFile, force_base: b
             f"{folder}: made on another base model ({difference}): "
             "load it on its own, or with force_base (--force-base) if you know that it fits"
         )
+    return note
 
 
 def _finite(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from lorafit.config import LoraConfig, Names
-from lorafit.errors import NumericError, UsageError, listing, nearest
+from lorafit.errors import NumericError, UsageError, listing, nearest, said_of
 from lorafit.lora.identity import adapter_digest, note_merged
-from lorafit.lora.inits import INITS
-from lorafit.lora.layers import VARIANTS, LoraEmbedding, LoraLinear, TrainedCopy
+from lorafit.lora.inits import Init, Pair, find_init
+from lorafit.lora.layers import VARIANTS, LoraLinear, TrainedCopy, formula
 from lorafit.lora.weights import is_readable, read_weight, write_weight
 
 Wrapper = LoraLinear | TrainedCopy
@@ -95,9 +95,10 @@ def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
     are passed over (files written for several models list names that one of them lacks). Raises UsageError
     naming every pattern that matches nothing, with the nearest names.
     """
-    for label, name, known in (("variant", config.variant, VARIANTS), ("init", config.init, INITS)):
-        if name not in known:
-            raise UsageError(f"unknown {label} '{name}'{nearest(name, known)}; known: {', '.join(known)}")
+    if config.variant not in VARIANTS:
+        near = nearest(config.variant, VARIANTS)
+        raise UsageError(f"unknown variant '{config.variant}'{near}; known: {', '.join(VARIANTS)}")
+    find_init(config.init)
     modules = plain_modules(model)
     trained = _trained_modules(modules, config.train_modules, strict)
     # nn.MultiheadAttention multiplies with its children's weights itself: a wrapper there is never called.
@@ -315,32 +316,37 @@ def _span(numbers: list[int]) -> str:
 # --- executing ------------------------------------------------------------------------------------
 
 
-def add_lora(model: nn.Module, config: LoraConfig | None = None) -> Plan:
+def add_lora(model: nn.Module, config: LoraConfig | None = None, starts: Mapping[str, Pair] | None = None) -> Plan:
     """Freeze `model` and wrap the layers that `config` names; returns the plan it executed.
 
     The base weights are held, not copied. A fresh adapter leaves the model's function as it was (but for the
     init 'gaussian_both'). Random numbers come from torch's global generator: seed it for a reproducible
-    start.
+    start. An init that looks at data has its (A, B) in `starts`: `add_lora(model, *calibrate(model, config, batches))`.
     """
     if attached(model) is not None:
         raise UsageError("this model already carries an adapter: unload_lora or merge_lora it first")
     plan = find_targets(model, config or LoraConfig())
-    execute(model, plan)
+    execute(model, plan, starts=starts)
     return plan
 
 
-def execute(model: nn.Module, plan: Plan) -> None:
-    """Wrap the layers of `plan` and remember how to undo it."""
+def execute(model: nn.Module, plan: Plan, init: Init | None = None, starts: Mapping[str, Pair] | None = None) -> None:
+    """Wrap the layers of `plan` and remember how to undo it.
+
+    `init`, if given, takes the place of the plan's; `starts` are A and B that are made already, by layer.
+    """
     config = plan.config
+    start, starts = init or find_init(config.init), starts or {}
     wrappers: dict[str, Wrapper] = {}
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     try:
         for target in plan.targets:
             layer = model.get_submodule(target.name)
-            kind = LoraEmbedding if isinstance(layer, nn.Embedding) else VARIANTS[config.variant]
-            wrappers[target.name] = kind(
-                layer, target.r, target.alpha, config.dropout, init=config.init, rslora=config.rslora
-            )
+            own = start.made(starts[target.name]) if target.name in starts else start
+            with said_of(target.name):
+                wrappers[target.name] = formula(layer, config.variant)(
+                    layer, target.r, target.alpha, config.dropout, init=own, rslora=config.rslora
+                )
         for name in plan.trained:
             wrappers[name] = TrainedCopy(model.get_submodule(name))
     except BaseException:
@@ -384,6 +390,11 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
+def file_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter as a file holds it, by the same names; a layer with a kept start has twice the rank there."""
+    return {f"{name}.{key}": tensor for name, layer in wrappers(model) for key, tensor in layer.saved().items()}
+
+
 @contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is the base model, bit for bit."""
@@ -423,7 +434,7 @@ def merge_lora(model: nn.Module, on_note: Callable[[str], object] = warnings.war
     bad = [name for name, layer in found if not _all_finite(layer)]
     if bad:
         raise NumericError(f"merging would write NaN or infinity into {listing(bad)}; nothing was changed")
-    digest = adapter_digest(adapter_state(model))
+    digest = adapter_digest(file_state(model))
     owners: dict[int, set[str]] = defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].add(name)

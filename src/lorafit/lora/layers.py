@@ -14,6 +14,7 @@ format: saving renames nothing. A and B are kept in fp32 and cast to the dtype o
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorafit.errors import UsageError, nearest
 from lorafit.lora.fused import LowRankLinear
-from lorafit.lora.inits import INITS, factor_dtype
+from lorafit.lora.inits import Init, factor_dtype, find_init
 from lorafit.lora.weights import read_weight
 
 TINY = 1e-30  # a squared norm below this is a row of zeros
@@ -37,6 +37,9 @@ class LoraLinear(nn.Module):
     `base_layer` is an nn.Linear, a transformers Conv1D, or anything registered in `weights.py`.
     """
 
+    lora_A0: Tensor | None
+    lora_B0: Tensor | None
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -44,28 +47,31 @@ class LoraLinear(nn.Module):
         alpha: float = 16.0,
         dropout: float = 0.0,
         *,
-        init: str = "kaiming",
+        init: str | Init = "kaiming",
         rslora: bool = False,
     ) -> None:
         super().__init__()
-        if init not in INITS:
-            raise UsageError(f"unknown init '{init}'{nearest(init, INITS)}; known: {', '.join(INITS)}")
         self.base_layer = base_layer
         self.r = r
         self.alpha = alpha
-        self.scale = alpha / r**0.5 if rslora else alpha / r
+        self.scale = scale_of(r, alpha, rslora)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.enabled = True
+        self.register_buffer("lora_A0", None)
+        self.register_buffer("lora_B0", None)
         for parameter in base_layer.parameters():
             parameter.requires_grad_(False)
         with torch.no_grad():
-            self.start(read_weight(base_layer), init)
+            self.start(read_weight(base_layer), find_init(init) if isinstance(init, str) else init)
 
-    def start(self, W: Tensor, init: str) -> None:
-        """Make A and B and give them their first values."""
-        A, B = INITS[init](W, self.r, self.scale)
+    def start(self, W: Tensor, init: Init) -> None:
+        """Make A and B and give them their first values; keep these where B·A is not 0."""
+        # By rows: AdamW's fused kernel goes through parameter and moments side by side, whatever their strides.
+        A, B = (factor.contiguous() for factor in init(W, self.r, self.scale))
         self.lora_A = _thin(A)
         self.lora_B = _thin(B)
+        if init.start == "kept":
+            self.lora_A0, self.lora_B0 = A.clone(), B.clone()
 
     @staticmethod
     def tensor_shapes(out: int, in_: int, r: int) -> dict[str, tuple[int, ...]]:
@@ -74,12 +80,62 @@ class LoraLinear(nn.Module):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r)."""
+        """A (r, in) and B (out, r): what is trained."""
         return self.lora_A.weight, self.lora_B.weight
 
-    def delta(self) -> Tensor:
-        """ΔW = s·B·A, dense (out, in), in the precision of A and B."""
+    @property
+    def kept(self) -> bool:
+        """Whether B·A did not start at 0, so that the start (A0, B0) is kept and the difference to it learned."""
+        return self.lora_A0 is not None
+
+    @property
+    def update(self) -> tuple[Tensor, Tensor]:
+        """A' (r', in) and B' (out, r') with ΔW = s·B'·A': what every formula below works with.
+
+        A and B themselves; with a kept start the pair of twice the rank that is 0 at the start, bit for bit:
+
+            B·A − B0·A0  =  (B − B0)·A + B0·(A − A0)  =  B'·A'      A' = [A; A − A0]   B' = [B − B0, B0]
+
+        The differences are taken here, in fp32, and only then cast: in bf16, B·A − B0·A0 would lose most of what was
+        learned.
+        """
         A, B = self.factors
+        if self.lora_A0 is None or self.lora_B0 is None:
+            return A, B
+        return torch.cat([A, A - self.lora_A0]), torch.cat([B - self.lora_B0, self.lora_B0], dim=1)
+
+    def moved(self) -> bool:
+        """Whether ΔW is anything but 0."""
+        A, B = self.update
+        return bool((A.any(dim=1) & B.any(dim=0)).any())
+
+    def saved(self) -> dict[str, Tensor]:
+        """The adapter's tensors as a file holds them, by their names below the layer's own."""
+        held = {key: t for key, t in self.state_dict(keep_vars=True).items() if not key.startswith("base_layer.")}
+        if self.kept:
+            del held["lora_A0"], held["lora_B0"]
+            held["lora_A.weight"], held["lora_B.weight"] = self.update
+        return held
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Be the layer that `saved` these, to the same update bit for bit."""
+        own = self.state_dict(keep_vars=True)
+        if self.kept:
+            r, (A, B) = self.r, (tensors[f"lora_{name}.weight"].to(self.lora_A0) for name in "AB")
+            tensors = {
+                **tensors,
+                "lora_A.weight": A[:r],
+                "lora_A0": subtrahend(A[:r], A[r:]),
+                "lora_B.weight": -subtrahend(-B[:, r:], B[:, :r]),
+                "lora_B0": B[:, r:],
+            }
+        for key, tensor in tensors.items():
+            own[key].copy_(tensor)
+
+    def delta(self) -> Tensor:
+        """ΔW = s·B'·A', dense (out, in), in the precision of A and B."""
+        A, B = self.update
         return self.scale * (B @ A)
 
     def merged_weight(self) -> Tensor:
@@ -109,8 +165,8 @@ class LoraLinear(nn.Module):
         return y + self._low_rank(x).to(y.dtype)
 
     def _low_rank(self, x: Tensor) -> Tensor:
-        """s·B·A·dropout(x), (…, out)"""
-        A, B = self.factors
+        """s·B'·A'·dropout(x), (…, out)"""
+        A, B = self.update
         return self.scale * F.linear(F.linear(self.dropout(x), A.to(x.dtype)), B.to(x.dtype))
 
     def _plain(self, x: Tensor) -> bool:
@@ -133,7 +189,7 @@ class LoraLinear(nn.Module):
         )
 
     def _fused(self, x: Tensor) -> Tensor:
-        A, B = self.factors
+        A, B = self.update
         rows = x.reshape(-1, x.shape[-1])
         dropped = None if isinstance(self.dropout, nn.Identity) or not self.training else self.dropout(rows)
         W = read_weight(self.base_layer)
@@ -153,7 +209,7 @@ class DoraLinear(LoraLinear):
 
     base_norm_squared: Tensor
 
-    def start(self, W: Tensor, init: str) -> None:
+    def start(self, W: Tensor, init: Init) -> None:
         super().start(W, init)
         self.register_buffer("base_norm_squared", W.to(factor_dtype(W)).square().sum(dim=1), persistent=False)
         self.lora_magnitude_vector = nn.Parameter(self.row_norm())
@@ -165,7 +221,7 @@ class DoraLinear(LoraLinear):
     @torch.no_grad()
     def row_norm(self) -> Tensor:
         """‖W + s·B·A‖ per row, (out,), without the sum: ‖w‖² + 2s·w·(BA) + s²‖BA‖², all r wide."""
-        A, B = self.factors
+        A, B = self.update
         W = read_weight(self.base_layer)
         cross = ((W @ A.to(W.dtype).T).to(B.dtype) * B).sum(dim=1)
         square = ((B @ (A @ A.T)) * B).sum(dim=1)
@@ -195,10 +251,10 @@ class LoraEmbedding(LoraLinear):
     loralib.
     """
 
-    def start(self, W: Tensor, init: str) -> None:
+    def start(self, W: Tensor, init: Init) -> None:
         dim, vocab = W.shape
         A = torch.zeros(self.r, vocab, dtype=factor_dtype(W), device=W.device)
-        if init == "gaussian_both":
+        if init.name == "gaussian_both":
             A.normal_(std=0.02)
         self.lora_embedding_A = nn.Parameter(A)
         self.lora_embedding_B = nn.Parameter(torch.randn(dim, self.r, dtype=A.dtype, device=A.device))
@@ -237,6 +293,17 @@ class TrainedCopy(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return (self.trained if self.enabled else self.base_layer)(*args, **kwargs)
 
+    def saved(self) -> dict[str, Tensor]:
+        """The trained module's tensors, by its own names."""
+        return self.trained.state_dict(keep_vars=True)
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Be the module that `saved` these."""
+        own = self.trained.state_dict(keep_vars=True)
+        for key, tensor in tensors.items():
+            own[key].copy_(tensor)
+
     def __getattr__(self, name: str) -> Any:
         # Models look at their own children (lm_head.weight, norm.eps): answer with the module in use.
         try:
@@ -248,6 +315,25 @@ class TrainedCopy(nn.Module):
 
 
 VARIANTS: dict[str, type[LoraLinear]] = {"lora": LoraLinear, "dora": DoraLinear}
+
+
+def formula(base_layer: nn.Module, variant: str) -> type[LoraLinear]:
+    """The class that adapts `base_layer`."""
+    return LoraEmbedding if isinstance(base_layer, nn.Embedding) else VARIANTS[variant]
+
+
+def scale_of(r: int, alpha: float, rslora: bool) -> float:
+    """s in ΔW = s·B·A."""
+    return alpha / r**0.5 if rslora else alpha / r
+
+
+def subtrahend(a: Tensor, difference: Tensor) -> Tensor:
+    """An x for which a − x rounds to `difference`, element by element; one exists if it ever was such a difference."""
+    x = a - difference
+    for toward in (-torch.inf, torch.inf):
+        other = torch.nextafter(x, torch.full_like(x, toward))
+        x = torch.where((a - x != difference) & (a - other == difference), other, x)
+    return x
 
 
 def _thin(weight: Tensor) -> nn.Linear:

@@ -183,7 +183,7 @@ def _refuse(run: Run, window: list[Batch], loss: float, norm: float, on_note: No
 
 def _say_if_nothing_moved(model: nn.Module, on_note: Note) -> None:
     layers = [layer for _, layer in wrappers(model) if isinstance(layer, LoraLinear)]
-    if layers and not any(all(factor.any() for factor in layer.factors) for layer in layers):
+    if layers and not any(layer.moved() for layer in layers):
         on_note("nothing was learned: s·B·A is still zero in every layer, so the model answers as before")
 
 
