@@ -54,6 +54,7 @@ def test_each_value_is_within_half_a_step(kind: str, dtype: torch.dtype) -> None
     rounding = torch.finfo(dtype).eps * W.abs().amax(dim=1, keepdim=True)  # of the scale, and of scale times code
     assert ((read_weight(stored).double() - W).abs() <= step / 2 + 2 * rounding).all()
     assert read_weight(stored).dtype == dtype
+    assert (stored.scales > 0).all()
     assert torch.equal(read_weight(stored)[3], torch.zeros(24, dtype=dtype))
 
 

@@ -15,7 +15,8 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 from lorafit import Batches, LoraConfig, LoraLinear, TrainConfig, add_lora, evaluate, train
 from lorafit.data.batches import collate
 from lorafit.errors import UsageError
-from lorafit.lora.inject import key_matches, wrappers
+from lorafit.lora.inject import wrappers
+from lorafit.lora.names import key_matches
 from lorafit.training.loop import begin, take_step
 from lorafit.training.neftune import noisy_embeddings
 from lorafit.training.optim import make_optimizer

@@ -8,7 +8,6 @@ endings at a dot; a single string is one regular expression for the whole name. 
 matches nothing is an error.
 """
 
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,12 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafit.config import LoraConfig, Names
+from lorafit.config import LoraConfig
 from lorafit.errors import NumericError, UsageError, listing, nearest, said_of
 from lorafit.lora.identity import adapter_digest, note_merged
 from lorafit.lora.inits import Init, Pair, find_init
 from lorafit.lora.layers import VARIANTS, LoraLinear, TrainedCopy, formula
-from lorafit.lora.weights import is_readable, read_weight, write_weight
+from lorafit.lora.names import as_names, block_number, collapse, key_matches, matches, no_match, resolve
+from lorafit.lora.weights import is_readable, read_weight
 
 Wrapper = LoraLinear | TrainedCopy
 
@@ -117,8 +117,8 @@ def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
     targets = []
     for name in chosen:
         out, in_ = read_weight(layers[name]).shape
-        r = int(_resolve(config.rank_pattern, name, config.r))
-        targets.append(Target(name, r, float(_resolve(config.alpha_pattern, name, config.alpha)), (out, in_)))
+        r = int(resolve(config.rank_pattern, name, config.r))
+        targets.append(Target(name, r, float(resolve(config.alpha_pattern, name, config.alpha)), (out, in_)))
     if not targets and not trained:
         raise UsageError(f"nothing to adapt: no linear layer in this {type(model).__name__} matches the configuration")
     unreachable = _unreachable(model, trained)
@@ -140,34 +140,13 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def matches(pattern: Names, name: str) -> bool:
-    """PEFT's rule: a string is a regular expression for all of `name`; a list holds names or endings."""
-    if isinstance(pattern, str):
-        return _expression(pattern).fullmatch(name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
-
-
-def _as_names(pattern: Names) -> Names:
-    """'q_proj' and 'q_proj,v_proj' mean name endings; only what cannot be a name is a regular expression."""
-    if isinstance(pattern, str) and re.fullmatch(r"[\w.]+(,[\w.]+)*", pattern):
-        return tuple(pattern.split(","))
-    return pattern
-
-
-def _expression(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"'{pattern}' is no regular expression: {error}") from None
-
-
 def _is_layer(module: nn.Module) -> bool:
     return is_readable(module) and read_weight(module).ndim == 2
 
 
 def _select(model: nn.Module, layers: Mapping[str, nn.Module], config: LoraConfig, strict: bool) -> list[str]:
     """The names of the layers to adapt, in the model's order."""
-    targets, exclude = _as_names(config.targets), _as_names(config.exclude)
+    targets, exclude = as_names(config.targets), as_names(config.exclude)
     if isinstance(config.targets, str) and config.targets.lower() == "all-linear":
         head = _head(model)
         chosen = [n for n, m in layers.items() if not isinstance(m, nn.Embedding) and m is not head]
@@ -177,17 +156,17 @@ def _select(model: nn.Module, layers: Mapping[str, nn.Module], config: LoraConfi
         if not isinstance(targets, str):
             unmatched = [entry for entry in targets if not any(matches((entry,), name) for name in layers)]
         if unmatched and (strict or not chosen):
-            raise UsageError(_no_match("target", unmatched, layers))
+            raise UsageError(no_match("target", unmatched, layers))
     if exclude:
         kept = [name for name in chosen if not matches(exclude, name)]
         if strict:
             entries = [exclude] if isinstance(exclude, str) else [(entry,) for entry in exclude]
             idle = [e if isinstance(e, str) else e[0] for e in entries if not any(matches(e, name) for name in layers)]
             if idle:
-                raise UsageError(_no_match("exclude", idle, layers))
+                raise UsageError(no_match("exclude", idle, layers))
         chosen = kept
     if config.layers is not None:
-        numbers = {name: _block_number(name) for name in chosen}
+        numbers = {name: block_number(name) for name in chosen}
         known = sorted({number for number in numbers.values() if number is not None})
         missing = sorted(set(config.layers) - set(known))
         if missing and strict:
@@ -201,7 +180,7 @@ def _trained_modules(modules: Mapping[str, nn.Module], patterns: tuple[str, ...]
     found = {name: module for name, module in modules.items() if patterns and matches(patterns, name)}
     idle = [entry for entry in patterns if strict and not any(matches((entry,), name) for name in modules)]
     if idle:
-        raise UsageError(_no_match("train_modules", idle, modules))
+        raise UsageError(no_match("train_modules", idle, modules))
     parameters = [(key, p) for name, module in found.items() for key, p in module.named_parameters(name)]
     if stored := [key for key, p in parameters if not p.is_floating_point()]:
         raise UsageError(f"train_modules: {listing(stored)} are no floating-point numbers, which cannot be trained")
@@ -212,32 +191,7 @@ def _check_patterns(config: LoraConfig, chosen: list[str], strict: bool) -> None
     for label, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         idle = [key for key in pattern if strict and not any(key_matches(key, name) for name in chosen)]
         if idle:
-            raise UsageError(_no_match(label, idle, chosen))
-
-
-def _resolve(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """The value for `name`: of all keys that match the most specific (longest) wins, in any order."""
-    keys = [name] if name in pattern else [key for key in pattern if key_matches(key, name)]
-    return pattern[max(keys, key=len)] if keys else default
-
-
-def key_matches(key: str, name: str) -> bool:
-    """Whether a key of a pattern, a name ending or a regular expression for one, stands for `name`."""
-    return key == name or _expression(rf"(.*\.)?({key})$").match(name) is not None
-
-
-def _no_match(what: str, patterns: Iterable[str], names: Iterable[str]) -> str:
-    names = list(names)
-    endings = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
-    known = [*endings, *names, "all-linear"] if what == "target" else [*endings, *names]
-    patterns = list(patterns)
-    wrong = listing([*(f"'{pattern}'{nearest(pattern, known)}" for pattern in patterns[:6]), *patterns[6:]])
-    return f"{what} {wrong} matches no layer of the model; its layers end in {listing(endings, 12)}"
-
-
-def _block_number(name: str) -> int | None:
-    number = next((part for part in name.split(".") if part.isdigit()), None)
-    return None if number is None else int(number)
+            raise UsageError(no_match(label, idle, chosen))
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -288,29 +242,6 @@ def _counts(
     trainable += sum(p.numel() for module in trained.values() for p in module.parameters())
     plain = {p for m in (model, *plain_modules(model).values()) for p in m.parameters(recurse=False)}
     return trainable, sum(p.numel() for p in plain) + trainable
-
-
-def collapse(names: Iterable[str]) -> list[tuple[str, int]]:
-    """`layers.0.q, layers.1.q` -> [("layers.{0..1}.q", 2)]: names that differ in numbers, in one line."""
-    groups: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-    for name in names:
-        parts = name.split(".")
-        groups[".".join("#" if p.isdigit() else p for p in parts)].append(tuple(int(p) for p in parts if p.isdigit()))
-    lines = []
-    for shape, numbers in groups.items():
-        text = shape
-        for column in zip(*numbers, strict=True):
-            text = text.replace("#", _span(sorted(set(column))), 1)
-        lines.append((text, len(numbers)))
-    return lines
-
-
-def _span(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{{{numbers[0]}..{numbers[-1]}}}"
-    return "{" + ",".join(map(str, numbers)) + "}"
 
 
 # --- executing ------------------------------------------------------------------------------------
@@ -440,11 +371,9 @@ def merge_lora(model: nn.Module, on_note: Callable[[str], object] = warnings.war
         owners[id(parameter)].add(name)
     untied, thawed = False, []
     for name, layer in found:
-        plain = layer.trained if isinstance(layer, TrainedCopy) else layer.base_layer
         untied |= any(len(owners[id(parameter)]) > 1 for parameter in layer.base_layer.parameters())
-        if isinstance(layer, LoraLinear):
-            plain = write_weight(plain, layer.merged_weight())
-            thawed += [name] if plain is not layer.base_layer else []
+        plain = layer.trained if isinstance(layer, TrainedCopy) else layer.write_merged()
+        thawed += [name] if type(plain) is not type(layer.base_layer) else []
         model.set_submodule(name, plain)
     if thawed:
         on_note(f"merged into what their storage held, not into the original weights, and dense now: {listing(thawed)}")

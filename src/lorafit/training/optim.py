@@ -9,8 +9,9 @@ from torch import nn
 
 from lorafit.config import TrainConfig
 from lorafit.errors import UsageError, listing, nearest
-from lorafit.lora.inject import key_matches, wrappers
+from lorafit.lora.inject import wrappers
 from lorafit.lora.layers import LoraEmbedding, LoraLinear
+from lorafit.lora.names import key_matches
 from lorafit.training.rules import apply_rule, frozen_factors
 
 
