@@ -85,14 +85,21 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = knob({}, "other ranks for some layers: {name ending or regex: r}")
     alpha_pattern: Mapping[str, float] = knob({}, "other alphas for some layers: {name ending or regex: alpha}")
     train_modules: tuple[str, ...] = knob((), "modules trained in full beside LoRA, by name ending: norm, lm_head")
+    train_tokens: tuple[int, ...] = knob((), "ids of tokens whose rows are trained, in the embedding and output head")
+    token_layers: tuple[str, ...] = knob((), "by name ending, the layers in which they are; none: both")
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude", "layers", "train_modules"):
+        for name in ("targets", "exclude", "layers", "train_modules", "train_tokens", "token_layers"):
             value = getattr(self, name)
-            if isinstance(value, list | set) or (name == "train_modules" and isinstance(value, str)):
+            if isinstance(value, list | set) or (name in ("train_modules", "token_layers") and isinstance(value, str)):
                 value = (value,) if isinstance(value, str) else tuple(value)
                 object.__setattr__(self, name, value)
-        _named(self, "targets", "exclude", "train_modules")
+        _named(self, "targets", "exclude", "train_modules", "token_layers")
+        ids = _items(self.train_tokens)
+        if not all(type(n) is int and n >= 0 for n in ids) or len(set(ids)) < len(ids):
+            raise UsageError(f"train_tokens must be a list of different token ids, not {self.train_tokens!r}")
+        if self.token_layers and not ids:
+            raise UsageError("token_layers says where train_tokens are, and there are none")
         if self.layers is not None and not all(type(n) is int and n >= 0 for n in _items(self.layers)):
             raise UsageError(f"layers must be a list of block numbers, not {self.layers!r}")
         _positive(self, "r", "alpha", "init_rows")

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,13 @@ class OutConfig:
     """Where the result goes"""
 
     out: str = knob("", "folder to write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensConfig:
+    """Words that the tokenizer shall know"""
+
+    new_tokens: tuple[str, ...] = knob((), "tokens to add, whose rows are trained, beside --train-tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +91,17 @@ def demo(config: DemoConfig) -> None:
 
 
 def train(
-    model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, out: OutConfig, again: ResumeConfig
+    model: ModelConfig,
+    lora: LoraConfig,
+    tokens: TokensConfig,
+    data: DataConfig,
+    training: TrainConfig,
+    out: OutConfig,
+    again: ResumeConfig,
 ) -> None:
     """Fine-tune a model on a data file; save the adapter, the settings, the log and the loss curve."""
     need("train", model=model.model, data=data.data, out=out.out)
-    if model.adapter and lora != LoraConfig():
+    if model.adapter and (lora, tokens) != (LoraConfig(), TokensConfig()):
         raise UsageError("an adapter brings its own settings: with --adapter leave the LoRA flags out")
     from lorafit.app import runs
     from lorafit.files import sweep
@@ -98,11 +111,17 @@ def train(
     with lock(folder):
         sweep(folder)
         runs.check_free(folder, again.resume)
-        fine_tune(model, lora, data, training, folder, again.resume)
+        fine_tune(model, lora, tokens, data, training, folder, again.resume)
 
 
 def fine_tune(
-    model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, folder: Path, resume: bool
+    model: ModelConfig,
+    lora: LoraConfig,
+    tokens: TokensConfig,
+    data: DataConfig,
+    training: TrainConfig,
+    folder: Path,
+    resume: bool,
 ) -> None:
     """What `train` does in `folder`, which is its own."""
     import torch
@@ -110,18 +129,22 @@ def fine_tune(
     from lorafit.adapter.peft_format import load_lora, save_lora
     from lorafit.app import rows, runs
     from lorafit.lora.inject import add_lora
+    from lorafit.lora.tokens import enlarge
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
 
     console = make_console()
-    examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), training.seed)
+    tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
+    asked = with_tokens(lora, tokens, tokenizer)
+    examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
     net, _ = load_model(**base(model))
+    enlarge(net, 1 + max(asked.train_tokens, default=-1))
     torch.manual_seed(training.seed)  # the start of A
-    plan = load_lora(net, model.adapter, force_base=model.force_base) if model.adapter else add_lora(net, lora)
+    plan = load_lora(net, model.adapter, force_base=model.force_base) if model.adapter else add_lora(net, asked)
     console.print(f"{plan}\n{rows.summary(examples, held_out)}")
     batches = rows.make_batches(examples, data, seed=training.seed)
     evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
-    settings = as_dict(model, lora, data, training, OutConfig(out=str(folder)))
+    settings = as_dict(model, lora, tokens, data, training, OutConfig(out=str(folder)))
     done = runs.start(folder, settings, resume=resume)
     place = {"resume" if resume else "checkpoints": folder / runs.CHECKPOINTS}
     with signals.noted(), runs.progress(console, loop.count_steps(training, batches), folder / runs.LOG, done) as show:
@@ -135,7 +158,8 @@ def fine_tune(
             on_note=console.print,
             stop=signals.reason,
         )
-    adapter = save_lora(net, folder / runs.ADAPTER, base_model=model.model)
+    beside = tokenizer if plan.tokens else None
+    adapter = save_lora(net, folder / runs.ADAPTER, base_model=model.model, tokenizer=beside)
     runs.draw_losses(result.history, folder / runs.PICTURE, title=f"{model.model} on {data.data}")
     console.print(runs.epochs_table(result.epoch_losses, result.evaluations, batches.steps_per_epoch))
     console.print(f"adapter {adapter}, log {folder / runs.LOG}, picture {folder / runs.PICTURE}")
@@ -154,7 +178,8 @@ def evaluate(model: ModelConfig, data: DataConfig, seed: SeedConfig) -> None:
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
 
-    examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), seed.seed)
+    tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
+    examples, held_out = rows.read_rows(model, data, tokenizer, seed.seed)
     batches = rows.make_batches(held_out or examples, data, shuffle=False)
     net, _ = load_model(**with_adapter(model))
     with lora_disabled(net):
@@ -232,7 +257,14 @@ def merge(model: ModelConfig, out: OutConfig) -> None:
     console.print(f"merged model {out.out}, in {net.dtype} (--dtype for another precision)")
 
 
-def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, show: ShowConfig) -> None:
+def inspect(
+    model: ModelConfig,
+    lora: LoraConfig,
+    tokens: TokensConfig,
+    data: DataConfig,
+    training: TrainConfig,
+    show: ShowConfig,
+) -> None:
     """Show what would be trained, and on which tokens, before any compute; with --data alone: check the rows."""
     if data.data and not model.model:
         from lorafit.app.rows import counted
@@ -246,10 +278,15 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: Tr
     from lorafit.app import rows
     from lorafit.app.memory import estimate
     from lorafit.lora.inject import add_lora
+    from lorafit.lora.tokens import enlarge
     from lorafit.model.load import load_skeleton, load_tokenizer, resolve_device
 
     console = make_console()
     skeleton = load_skeleton(**base(model))
+    if tokens.new_tokens or data.data:
+        tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
+        lora = with_tokens(lora, tokens, tokenizer)
+        enlarge(skeleton, 1 + max(lora.train_tokens, default=-1))
     plan = (
         load_lora(skeleton, model.adapter, force_base=model.force_base) if model.adapter else add_lora(skeleton, lora)
     )
@@ -258,10 +295,9 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: Tr
     if not data.data:
         console.print(estimate(skeleton, data.batch_size * data.max_length, device, training.checkpointing))
     else:
-        tokenizer = load_tokenizer(**source(model))
         examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
-        tokens = rows.largest_pass(rows.make_batches(examples, data, seed=training.seed))
-        console.print(estimate(skeleton, tokens, device, training.checkpointing))
+        longest = rows.largest_pass(rows.make_batches(examples, data, seed=training.seed))
+        console.print(estimate(skeleton, longest, device, training.checkpointing))
         console.print(rows.summary(examples, held_out))
         for example in examples[: show.rows]:
             console.print(f"\n{example.source}")
@@ -300,6 +336,14 @@ def base(model: ModelConfig) -> dict[str, Any]:
 def with_adapter(model: ModelConfig) -> dict[str, Any]:
     """The same with its adapter."""
     return {**base(model), "adapter": model.adapter, "force_base": model.force_base}
+
+
+def with_tokens(lora: LoraConfig, tokens: TokensConfig, tokenizer: Any) -> LoraConfig:
+    """`lora` with the new tokens among those that are trained; `tokenizer` knows them from here on."""
+    from lorafit.lora.tokens import know
+
+    ids = (*lora.train_tokens, *know(tokenizer, tokens.new_tokens)) if tokens.new_tokens else lora.train_tokens
+    return replace(lora, train_tokens=tuple(dict.fromkeys(ids)))
 
 
 def make_console() -> Any:

@@ -12,7 +12,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ from lorafit.lora.identity import adapter_digest, note_merged
 from lorafit.lora.inits import Init, Pair, find_init
 from lorafit.lora.layers import VARIANTS, LoraLinear, TrainedCopy, formula
 from lorafit.lora.names import as_names, block_number, collapse, key_matches, matches, no_match, resolve
+from lorafit.lora.tokens import TiedHead, TokenRows, find_rows, wrap_rows
 from lorafit.lora.weights import is_readable, read_weight
 
-Wrapper = LoraLinear | TrainedCopy
+Wrapper = LoraLinear | TrainedCopy | TokenRows | TiedHead
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Plan:
     unreachable: Mapping[str, int]
     trainable: int
     total: int
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.config.variant}, init {self.config.init}"]
@@ -59,6 +61,7 @@ class Plan:
             for text, count in collapse(names):
                 lines.append(f"  {text}  ×{count}   {out} × {in_}   r={r}, alpha={alpha:g}")
         lines += [f"  {text}  ×{count}   trained in full" for text, count in collapse(self.trained)]
+        lines += [f"  {name}   {len(ids)} rows trained" for name, ids in self.tokens.items()]
         share = 100 * self.trainable / self.total if self.total else 0.0
         lines.append(f"trained: {self.trainable:,} of {self.total:,} parameters ({share:.4f} %)")
         if self.unreachable:
@@ -121,8 +124,11 @@ def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
         targets.append(Target(name, r, float(resolve(config.alpha_pattern, name, config.alpha)), (out, in_)))
     if not targets and not trained:
         raise UsageError(f"nothing to adapt: no linear layer in this {type(model).__name__} matches the configuration")
+    tokens = find_rows(model, modules, (*chosen, *trained), config, strict)
+    trainable, total = _counts(model, config, targets, trained)
+    rows = sum(len(ids) * modules[name].get_parameter("weight").shape[1] for name, ids in tokens.items())
     unreachable = _unreachable(model, trained)
-    return Plan(config, tuple(targets), tuple(trained), unreachable, *_counts(model, config, targets, trained))
+    return Plan(config, tuple(targets), tuple(trained), unreachable, trainable + rows, total + rows, tokens)
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -280,6 +286,7 @@ def execute(model: nn.Module, plan: Plan, init: Init | None = None, starts: Mapp
                 )
         for name in plan.trained:
             wrappers[name] = TrainedCopy(model.get_submodule(name))
+        wrappers |= wrap_rows(model, plan.tokens)
     except BaseException:
         _restore(model, flags)
         raise
@@ -371,7 +378,8 @@ def merge_lora(model: nn.Module, on_note: Callable[[str], object] = warnings.war
         owners[id(parameter)].add(name)
     untied, thawed = False, []
     for name, layer in found:
-        untied |= any(len(owners[id(parameter)]) > 1 for parameter in layer.base_layer.parameters())
+        if not isinstance(layer, TokenRows | TiedHead):  # which stay tied
+            untied |= any(len(owners[id(parameter)]) > 1 for parameter in layer.base_layer.parameters())
         plain = layer.trained if isinstance(layer, TrainedCopy) else layer.write_merged()
         thawed += [name] if type(plain) is not type(layer.base_layer) else []
         model.set_submodule(name, plain)
@@ -387,7 +395,7 @@ def merge_lora(model: nn.Module, on_note: Callable[[str], object] = warnings.war
 def _all_finite(layer: Wrapper) -> bool:
     if isinstance(layer, LoraLinear):
         return bool(layer.merged_weight().isfinite().all())
-    return all(bool(parameter.isfinite().all()) for parameter in layer.trained.parameters())
+    return all(bool(tensor.isfinite().all()) for tensor in layer.saved().values())
 
 
 def _declare_untied(model: nn.Module) -> None:
