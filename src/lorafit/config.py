@@ -102,8 +102,7 @@ class LoraConfig:
             raise UsageError("token_layers says where train_tokens are, and there are none")
         if self.layers is not None and not all(type(n) is int and n >= 0 for n in _items(self.layers)):
             raise UsageError(f"layers must be a list of block numbers, not {self.layers!r}")
-        _positive(self, "r", "alpha", "init_rows")
-        _within(self, 1, math.inf, "init_rho")
+        _positive(self, "r", "alpha", "init_rows", "init_rho")
         _within(self, 0, 1, "dropout")
         _patterns(self, "rank_pattern", "alpha_pattern")
         for rank in (self.r, *self.rank_pattern.values()):

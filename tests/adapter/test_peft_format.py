@@ -376,7 +376,7 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "aLoRA": (config(alora_invocation_tokens=[7]), "alora_invocation_tokens=[7] is not supported"),
     "QALoRA": (config(use_qalora=True), "use_qalora=True is not supported"),
     "PiSSA": (config(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4' belongs to a changed base"),
-    "OLoRA": (config(init_lora_weights="olora"), "init_lora_weights='olora' belongs to a changed base"),
+    "LoRA-GA": (config(init_lora_weights="lora_ga"), "init_lora_weights='lora_ga' belongs to a changed base"),
     "alpha is text": (config(lora_alpha="16"), "lora_alpha='16': a number greater than 0"),
     "alpha is not finite": (config(lora_alpha=float("inf")), "lora_alpha=inf: a number greater than 0"),
     "r is huge": (config(r=10**6), "is (4, 32), the model and adapter_config.json say (1000000, 32)"),

@@ -25,6 +25,7 @@ from lorafit.app.cli import VERBS, TokensConfig, main
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict
 from lorafit.errors import UsageError
 from lorafit.locks import lock
+from lorafit.lora.inits import INITS
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -457,6 +458,61 @@ def test_a_signal_while_training_saves_the_last_step(
         assert (out / name).read_bytes() == (run_folder / name).read_bytes()
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(8))
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_one", "pissa"])
+def test_a_start_that_takes_long_is_made_once_and_kept(
+    init: str,
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from lorafit.training import loop
+
+    line = f"train --model {model_folder} --data {data_file} --dtype float32 --device cpu --r 4 --lr 1e-2 --epochs 2"
+    begin = [*line.split(), "--init", init, "--init-rows", "9", "--eval-rows", "4", "--batch-size", "4", "--rslora"]
+    assert main([*begin, "--out", str(tmp_path / "whole")]) == 0
+    written = yaml.safe_load((tmp_path / "whole/config.yaml").read_text())
+    assert (init == "eva") == bool(written["rank_pattern"])
+
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *a, **k: (os.kill(os.getpid(), signal.SIGUSR1), evaluate(*a, **k))[1])
+    assert main([*begin, "--out", str(tmp_path / "cut")]) == 75
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+
+    def again(*given: Any, **options: Any) -> Any:
+        raise AssertionError("what is in the checkpoint is not made again")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(INITS, init, dataclasses.replace(INITS[init], function=again))
+        assert main([*begin, "--resume", "--out", str(tmp_path / "cut")]) == 0  # as a scheduler requeues it
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_inspect_shows_what_an_init_would_do(
+    model_folder: Path, data_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"inspect --model {model_folder} --dtype float32 --device cpu --r 4"
+    assert main([*line.split(), "--init", "pissa"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "init pissa: share of ‖W‖² in s·B·A at the start"
+    rows = {row.split()[0]: row.replace(",", "").split() for row in said if " mean " in row}
+    name = "model.layers.{0..1}.mlp.up_proj"
+    model = transformers.LlamaForCausalLM.from_pretrained(model_folder)
+    shares = []
+    for layer in model.model.layers:
+        energy = torch.linalg.svdvals(layer.mlp.up_proj.weight.double()).square()
+        shares.append((energy[:4].sum() / energy.sum()).item())
+    assert rows[name][1:] == ["×2", "mean", f"{sum(shares) / 2:.2%}", f"{min(shares):.2%}", "to", f"{max(shares):.2%}"]
+    assert f"{name}  ×2   48 × 32   r=4, alpha=32" in "\n".join(said)
+    assert main([*line.split(), "--init", "eva"]) == 2
+    assert "init 'eva' looks at data: give --data" in capsys.readouterr().err
+    assert main([*line.split(), "--init", "eva", "--data", str(data_file)]) == 0
+    ranks = {part for part in capsys.readouterr().out.replace(",", "").split() if part.startswith("r=")}
+    assert len(ranks) > 2
 
 
 def test_eval_measures_the_held_out_rows_of_a_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

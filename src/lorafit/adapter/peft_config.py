@@ -146,8 +146,10 @@ UNSUPPORTED: dict[str, Any] = {
 }
 KINDS = {name: kind for name, (_, kind) in (READ | HISTORY).items()}
 DEFAULTS: dict[str, Any] = {name: default for name, (default, _) in (READ | HISTORY).items()} | UNSUPPORTED
-# Initialisations that leave the base weight alone; for the others PEFT changes the base when it loads a file.
+# Initialisations that leave the base weight alone; for the others PEFT changes the base when it loads a file. It makes
+# these anew from the base, which gives the same change again; those that draw random numbers or look at data do not.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+MADE_ANEW = ("pissa", "olora")
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def _problem(name: str, value: Any) -> str | None:
         return f"{said} is not supported; lorafit would compute something else than PEFT" if refused else None
     if not KINDS[name].fits(value) and (value is not None or name in NEEDED):
         return f"{said}: {KINDS[name].expected} is expected"
-    if name == "init_lora_weights" and value not in PLAIN_INITS:
+    if name == "init_lora_weights" and value not in PLAIN_INITS + MADE_ANEW:
         return (
             f"{said} belongs to a changed base model; "
             "convert the adapter in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)"

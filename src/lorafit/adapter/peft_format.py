@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.adapter.fingerprint import base_fingerprint, other_base
-from lorafit.adapter.peft_config import CONFIG, describe, meaning, narrowed, plan_for, read_config, widened
+from lorafit.adapter.peft_config import CONFIG, MADE_ANEW, describe, meaning, narrowed, plan_for, read_config, widened
 from lorafit.adapter.untrusted import explained, parse, shown
 from lorafit.adapter.weights_file import NAME, Entry, WeightsFile, open_weights
 from lorafit.errors import AdapterError, NumericError, UsageError, listing
@@ -32,7 +32,7 @@ from lorafit.lora import inject
 from lorafit.lora.identity import adapter_digest, merged_digests
 from lorafit.lora.inits import BLANK, BLANK_KEPT, Init, factor_dtype, find_init
 from lorafit.lora.inject import Plan
-from lorafit.lora.layers import LoraLinear, formula
+from lorafit.lora.layers import LoraLinear, formula, scale_of
 from lorafit.lora.tokens import KEY, ROWS, enlarge
 from lorafit.lora.weights import read_weight
 
@@ -127,7 +127,8 @@ def _read(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[
         )
     with open_weights(folder / WEIGHTS) as file:
         entries = _by_plain_name(file)
-        plan = plan_for(model, read_config(folder), entries, folder)
+        raw = read_config(folder)
+        plan = plan_for(model, raw, entries, folder)
         needed, copies = _needed(model, plan), _copies(model, plan)
         _check_header(needed, entries, copies, folder)
         note = _check_origin(model, plan, file, force_base)
@@ -141,9 +142,35 @@ def _read(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[
     merged = merged_digests(model)
     if merged and adapter_digest(tensors) in merged:
         raise AdapterError(f"{folder}: already merged into this model: load it on the model it was trained on")
-    if "init" not in note:
-        return plan, tensors, BLANK
-    return _narrowed(model, plan, note["init"], folder), tensors, BLANK_KEPT
+    if "init" in note:
+        return _narrowed(model, plan, note["init"], folder), tensors, BLANK_KEPT
+    if raw["init_lora_weights"] in MADE_ANEW:
+        plan = replace(plan, config=replace(plan.config, init=raw["init_lora_weights"]))
+        return plan, _with_starts(model, plan, tensors), BLANK_KEPT
+    return plan, tensors, BLANK
+
+
+def _with_starts(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The pairs of twice the rank that are, on an untouched base, what PEFT's pairs A, B are on one less s·B0·A0.
+
+    A0 and B0 are made anew from the base, as PEFT makes them when it loads such a file. Their signs are anybody's guess
+    and do not matter for B0·A0; they are taken so that A − A0 is what was learned.
+    """
+    init = find_init(plan.config.init)
+    pairs: dict[str, Tensor] = {}
+    for target in plan.targets:
+        layer = inject.plain_modules(model)[target.name]
+        if isinstance(layer, nn.Embedding):
+            continue
+        s = scale_of(target.r, target.alpha, plan.config.rslora)
+        with torch.no_grad():
+            A0, B0 = init(read_weight(layer).float(), target.r, s)
+        names = f"{target.name}.lora_A.weight", f"{target.name}.lora_B.weight"
+        A, B = (tensors[name].to(A0) for name in names)
+        signs = torch.where((A * A0).sum(dim=1) < 0, -1.0, 1.0)
+        A0, B0 = signs[:, None] * A0, B0 * signs
+        pairs |= dict(zip(names, (torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)), strict=True))
+    return tensors | pairs
 
 
 def _narrowed(model: nn.Module, plan: Plan, init: Any, folder: Path) -> Plan:

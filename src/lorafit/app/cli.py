@@ -127,11 +127,11 @@ def fine_tune(
     import torch
 
     from lorafit.adapter.peft_format import load_lora, save_lora
-    from lorafit.app import rows, runs
-    from lorafit.lora.inject import add_lora
+    from lorafit.app import rows, runs, starts
     from lorafit.lora.tokens import enlarge
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
+    from lorafit.training.checkpoint import whole_states
 
     console = make_console()
     tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
@@ -139,10 +139,15 @@ def fine_tune(
     examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
     net, _ = load_model(**base(model))
     enlarge(net, 1 + max(asked.train_tokens, default=-1))
-    torch.manual_seed(training.seed)  # the start of A
-    plan = load_lora(net, model.adapter, force_base=model.force_base) if model.adapter else add_lora(net, asked)
-    console.print(f"{plan}\n{rows.summary(examples, held_out)}")
     batches = rows.make_batches(examples, data, seed=training.seed)
+    torch.manual_seed(training.seed)  # the start of A
+    if model.adapter:
+        plan = load_lora(net, model.adapter, force_base=model.force_base)
+    else:
+        restored = resume and bool(whole_states(folder / runs.CHECKPOINTS))
+        plan = starts.put_in(net, asked, batches, console.print, restored=restored)
+        lora = replace(plan.config, train_tokens=lora.train_tokens)  # with the ranks that the data asked for
+    console.print(f"{plan}\n{rows.summary(examples, held_out)}")
     evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
     settings = as_dict(model, lora, tokens, data, training, OutConfig(out=str(folder)))
     done = runs.start(folder, settings, resume=resume)
@@ -275,29 +280,42 @@ def inspect(
         return print(summary)
     need("inspect", model=model.model)
     from lorafit.adapter.peft_format import load_lora
-    from lorafit.app import rows
+    from lorafit.app import rows, starts
     from lorafit.app.memory import estimate
-    from lorafit.lora.inject import add_lora
+    from lorafit.lora.inits import find_init
     from lorafit.lora.tokens import enlarge
-    from lorafit.model.load import load_skeleton, load_tokenizer, resolve_device
+    from lorafit.model.load import load_model, load_skeleton, load_tokenizer, resolve_device
 
     console = make_console()
     skeleton = load_skeleton(**base(model))
     if tokens.new_tokens or data.data:
         tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
         lora = with_tokens(lora, tokens, tokenizer)
-        enlarge(skeleton, 1 + max(lora.train_tokens, default=-1))
+    most = 1 + max(lora.train_tokens, default=-1)
+    enlarge(skeleton, most)
+    batches = None
+    if data.data:
+        examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
+        batches = rows.make_batches(examples, data, seed=training.seed)
+    init = find_init(lora.init)
+    if not model.adapter and (init.start == "kept" or init.statistic):  # what it does is in the weights
+        net, _ = load_model(**base(model))
+        enlarge(net, most)
+        lora, made = starts.looked_at(net, lora, batches, console.print)
+        for line in starts.described(net, lora, made) if init.start == "kept" else ():
+            console.print(line)
+        del net
     plan = (
-        load_lora(skeleton, model.adapter, force_base=model.force_base) if model.adapter else add_lora(skeleton, lora)
+        load_lora(skeleton, model.adapter, force_base=model.force_base)
+        if model.adapter
+        else starts.laid_out(skeleton, lora)
     )
     console.print(str(plan))
     device = resolve_device(model.device)
-    if not data.data:
+    if batches is None:
         console.print(estimate(skeleton, data.batch_size * data.max_length, device, training.checkpointing))
     else:
-        examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
-        longest = rows.largest_pass(rows.make_batches(examples, data, seed=training.seed))
-        console.print(estimate(skeleton, longest, device, training.checkpointing))
+        console.print(estimate(skeleton, rows.largest_pass(batches), device, training.checkpointing))
         console.print(rows.summary(examples, held_out))
         for example in examples[: show.rows]:
             console.print(f"\n{example.source}")

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.lora.fused import LowRankLinear
+from lorafit.lora.fused_dora import GainedLowRankLinear
 from lorafit.lora.inits import Init, factor_dtype, find_init
 from lorafit.lora.weights import read_weight, write_weight
 
@@ -165,7 +166,10 @@ class LoraLinear(nn.Module):
             return result
         if self._plain(x):
             return self._fused(x)
-        y: Tensor = self.base_layer(x)
+        return self._added_to(self.base_layer(x), x)
+
+    def _added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """What comes out of the layer if y (…, out) comes out of its base."""
         return y + self._low_rank(x).to(y.dtype)
 
     def _low_rank(self, x: Tensor) -> Tensor:
@@ -193,12 +197,16 @@ class LoraLinear(nn.Module):
         )
 
     def _fused(self, x: Tensor) -> Tensor:
-        A, B = self.update
         rows = x.reshape(-1, x.shape[-1])
         dropped = None if isinstance(self.dropout, nn.Identity) or not self.training else self.dropout(rows)
-        W = read_weight(self.base_layer)
-        y: Tensor = LowRankLinear.apply(rows, dropped, W, self.bias, A, B, self.scale)  # type: ignore[no-untyped-call]
+        y = self._fused_rows(rows, dropped)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
+        """`forward` with a hand-written backward, (n, in) -> (n, out); `dropped` is x behind an active dropout."""
+        W = read_weight(self.base_layer)
+        y: Tensor = LowRankLinear.apply(x, dropped, W, self.bias, *self.update, self.scale)  # type: ignore[no-untyped-call]
+        return y
 
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha:g}"
@@ -238,14 +246,21 @@ class DoraLinear(LoraLinear):
         norm = V.square().sum(dim=1).clamp_min(TINY).sqrt()
         return (V * (self.lora_magnitude_vector / norm).unsqueeze(1)).to(W.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)
-        if not self.enabled:
-            return y
+    @property
+    def gain(self) -> Tensor:
+        """m / ‖W + s·B·A‖, (out,)"""
+        return self.lora_magnitude_vector / self.row_norm()
+
+    def _added_to(self, y: Tensor, x: Tensor) -> Tensor:
         Wx = y if self.bias is None else y - self.bias
-        gain = self.lora_magnitude_vector / self.row_norm()  # (out,)
+        gain = self.gain
         # y plus a difference that is exactly 0 at the start, so that step 0 is the base model bit for bit.
         return y + (gain - 1).to(y.dtype) * Wx + gain.to(y.dtype) * self._low_rank(x).to(y.dtype)
+
+    def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
+        W, (A, B) = read_weight(self.base_layer), self.update
+        y: Tensor = GainedLowRankLinear.apply(x, dropped, W, self.bias, A, B, self.gain, self.scale)  # type: ignore[no-untyped-call]
+        return y
 
 
 class LoraEmbedding(LoraLinear):

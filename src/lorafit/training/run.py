@@ -149,7 +149,7 @@ class Run:
         return self.result
 
     def trained(self) -> Iterator[tuple[str, Tensor]]:
-        """What training changes, or a formula had to keep: what requires gradients, and wrappers' other tensors."""
+        """What training changes, and what it does not but the adapter is made of: a kept start, a frozen factor."""
         yield from ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         for name, layer in wrappers(self.model):
             kept = layer.state_dict(keep_vars=True).items()
