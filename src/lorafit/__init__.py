@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         print_trainable_parameters,
     )
     from lorafit.lora.layers import VARIANTS, DoraLinear, LoraEmbedding, LoraLinear
+    from lorafit.lora.tokens import add_tokens
     from lorafit.model.generate import generate, stream
     from lorafit.model.load import load_model
     from lorafit.training.calibrate import calibrate
@@ -45,6 +46,7 @@ _HOME = {
         "print_model_parameters",
         "print_trainable_parameters",
     ),
+    "lora.tokens": ("add_tokens",),
     "adapter.peft_format": ("load_lora", "save_lora", "unload_lora"),
     "data.read": ("read_examples",),
     "data.batches": ("Batches",),
@@ -69,6 +71,7 @@ __all__ = [
     "ModelConfig",
     "TrainConfig",
     "add_lora",
+    "add_tokens",
     "calibrate",
     "count_parameters",
     "evaluate",

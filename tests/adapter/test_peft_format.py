@@ -366,7 +366,12 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "experts": (config(target_parameters=["mlp.experts.down_proj"]), "target_parameters=['mlp.experts.down_proj']"),
     "biases": (config(bias="lora_only"), "bias='lora_only' is not supported"),
     "bias of B": (config(lora_bias=True), "lora_bias=True is not supported"),
-    "single tokens": (config(trainable_token_indices=[1, 2]), "trainable_token_indices=[1, 2] is not supported"),
+    "other tokens in each layer": (
+        config(trainable_token_indices={"embed_tokens": [1], "lm_head": [2]}),
+        "the same tokens of embedding and head are expected",
+    ),
+    "a token far off": (config(trainable_token_indices=[10**8]), "has 96 rows, and no 100000000: add_tokens first"),
+    "tokens by name": (config(trainable_token_indices=["<a>"]), "a list of token ids, or an object of such lists"),
     "copied layers": (config(layer_replication=[[0, 1]]), "layer_replication=[[0, 1]] is not supported"),
     "aLoRA": (config(alora_invocation_tokens=[7]), "alora_invocation_tokens=[7] is not supported"),
     "QALoRA": (config(use_qalora=True), "use_qalora=True is not supported"),

@@ -26,6 +26,7 @@ from lorafit.errors import AdapterError, UsageError, nearest
 from lorafit.lora import inject
 from lorafit.lora.inject import Plan
 from lorafit.lora.layers import VARIANTS, LoraLinear
+from lorafit.lora.tokens import base_embedding, base_head
 
 CONFIG = "adapter_config.json"
 LONGEST_FILE = 2**20
@@ -84,6 +85,10 @@ PATTERN = Kind(f"a pattern or a list of at most {MOST_NAMES:,} names", lambda va
 BLOCKS = Kind(
     "a block number or a list of them", lambda value: _whole(value, 0) or _list_of(lambda n: _whole(n, 0))(value)
 )
+TOKENS = Kind(
+    "a list of token ids, or an object of such lists",
+    lambda value: _list_of(lambda n: _whole(n, 0))(value) or _map_to(_list_of(lambda n: _whole(n, 0)))(value),
+)
 INIT = Kind("true, false or the name of an initialisation", lambda value: isinstance(value, bool) or _text(value))
 RANKS = Kind(f"an object of whole numbers from 1 to {LARGEST_NUMBER:,}", _map_to(_whole))
 ALPHAS = Kind(f"an object of numbers greater than 0 and at most {LARGEST_ALPHA:,}", _map_to(_alpha))
@@ -102,6 +107,7 @@ READ: dict[str, tuple[Any, Kind]] = {
     "r": (8, WHOLE),
     "rank_pattern": ({}, RANKS),
     "target_modules": (None, PATTERN),
+    "trainable_token_indices": (None, TOKENS),
     "use_dora": (False, FLAG),
     "use_rslora": (False, FLAG),
 }
@@ -136,7 +142,6 @@ UNSUPPORTED: dict[str, Any] = {
     "megatron_config": None,
     "monteclora_config": None,
     "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
 }
@@ -209,6 +214,7 @@ def describe(model: nn.Module, plan: Plan, base_model: str | None) -> dict[str, 
         "rank_pattern": _disjoint({t.name: t.r for t in plan.targets}, config.r),
         "target_modules": _endings_or_regex(names, [n for n in modules if n not in plan.trained]),
         "task_type": "CAUSAL_LM" if causal else None,
+        "trainable_token_indices": _token_field(model, plan, modules),
         "use_dora": config.variant == "dora",
         "use_rslora": bool(config.rslora),
     }
@@ -279,8 +285,16 @@ def meaning(plan: Plan) -> str:
         "trained": sorted(plan.trained),
         "variant": plan.config.variant,
         "rslora": plan.config.rslora,
-    }
+    } | ({"tokens": {name: list(ids) for name, ids in plan.tokens.items()}} if plan.tokens else {})
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _token_field(model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module]) -> Any:
+    """A list means the embedding, and a head that is tied to it; anything else is said by layer."""
+    embedding = base_embedding(model)
+    if [modules[name] for name in plan.tokens] == [embedding]:
+        return list(plan.config.train_tokens)
+    return {name: list(ids) for name, ids in plan.tokens.items()} or None
 
 
 def _number(value: float) -> float:
@@ -349,6 +363,7 @@ def plan_for(model: nn.Module, raw: Mapping[str, Any], tensors: Collection[str],
             variant="dora" if raw["use_dora"] else "lora",
             rslora=raw["use_rslora"],
             train_modules=_trained(raw["modules_to_save"] or [], modules, tensors),
+            **_tokens(model, raw["trainable_token_indices"], modules),
         )
         names = [target.name for target in inject.find_targets(model, config, strict=False).targets]
         config = replace(
@@ -395,6 +410,22 @@ def _trained(endings: list[str], modules: Mapping[str, nn.Module], tensors: Coll
     ending = [name for name in modules if name.endswith(tuple(endings))]
     held = [name for name in ending if any(f"{name}.{key}" in tensors for key in modules[name].state_dict())]
     return tuple(held or ending)
+
+
+def _tokens(model: nn.Module, value: Any, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """The fields of LoraConfig that say which rows are trained, and in which layers."""
+    if not value:
+        return {}
+    embedding, head = base_embedding(model), base_head(model)
+    if isinstance(value, list):
+        ids, found = value, [name for name, module in modules.items() if module is embedding]
+    else:
+        ids = next(iter(value.values()))
+        ending = [name for name in modules if name.endswith(tuple(value)) and modules[name] in (embedding, head)]
+        found = ending if all(other == ids for other in value.values()) else []
+    if not found:
+        raise UsageError(f"trainable_token_indices={shown(value)}: the same tokens of embedding and head are expected")
+    return {"train_tokens": tuple(ids), "token_layers": tuple(found)}
 
 
 def _spelled_out(field: str, pattern: Mapping[str, Any], names: list[str], default: float) -> dict[str, Any]:

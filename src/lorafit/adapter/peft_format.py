@@ -43,10 +43,15 @@ from lorafit.lora.identity import adapter_digest, merged_digests
 from lorafit.lora.inits import BLANK, BLANK_KEPT, Init, factor_dtype, find_init
 from lorafit.lora.inject import Plan
 from lorafit.lora.layers import LoraLinear, formula, scale_of
+from lorafit.lora.tokens import KEY, ROWS, enlarge
 from lorafit.lora.weights import read_weight
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model",
+)  # fmt: skip
+OWN = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", ROWS)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NOTE = "lorafit"
 """The key of what we write into the metadata of the weights: the base's fingerprint and the configuration's meaning.
@@ -56,11 +61,14 @@ Where a start is kept, the init too: the pairs in the file are then [A; A − A0
 # --- saving ---------------------------------------------------------------------------------------
 
 
-def save_lora(model: nn.Module, path: str | Path, base_model: str | None = None) -> Path:
+def save_lora(
+    model: nn.Module, path: str | Path, base_model: str | None = None, tokenizer: Any = None
+) -> Path:
     """Write the adapter that `model` carries as the folder `path`; PEFT and everything that reads its format
     opens it.
 
-    `base_model` is the name written for whoever loads it (default: where the model came from). An existing
+    `base_model` is the name written for whoever loads it (default: where the model came from). A `tokenizer` that
+    learned tokens is saved beside it; `load_model` takes it from there. An existing
     adapter in `path` is replaced in one step; a folder that holds anything else is left alone. Returns the
     folder. Raises UsageError without an adapter, NumericError (and writes nothing) if it holds NaN or
     infinity.
@@ -79,7 +87,9 @@ def save_lora(model: nn.Module, path: str | Path, base_model: str | None = None)
     plan = in_pefts_words(widened(found.plan, kept) if kept else found.plan)
     note = {"base": base, "config": meaning(plan)} | ({"init": found.plan.config.init} if kept else {})
     target = Path(path)
-    with new_folder(target, replaces=(WEIGHTS, CONFIG, "README.md")) as folder:
+    with new_folder(target, replaces=(WEIGHTS, CONFIG, "README.md", *TOKENIZER)) as folder:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         write_tensors(folder / WEIGHTS, tensors, about={NOTE: json.dumps(note, sort_keys=True, separators=(",", ":"))})
         write_json(folder / CONFIG, describe(model, plan, base_model))
     return target
@@ -105,6 +115,8 @@ def load_lora(model: nn.Module, path: str | Path, *, trainable: bool = True, for
     """
     plan, tensors, start = _read(model, Path(path), force_base)
     inject.remove_lora(model)
+    if plan.tokens and enlarge(model, 1 + max(plan.config.train_tokens)):  # rows that only the adapter knows
+        plan = inject.find_targets(model, plan.config, strict=False)
     with torch.random.fork_rng(devices=[]):  # the start of A and B is overwritten: leave the caller's random numbers be
         inject.execute(model, plan, start)
     for name, layer in inject.wrappers(model):
@@ -194,7 +206,7 @@ def _by_plain_name(file: WeightsFile) -> dict[str, Entry]:
 
 def _plain_key(key: str) -> str:
     key = key.removeprefix("module.").removeprefix(PREFIX).replace("_orig_mod.", "")
-    key = re.sub(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.default\b", r".\1", key)
+    key = re.sub(rf"\.({'|'.join(OWN)})\.default\b", r".\1", key)
     return re.sub(r"\.modules_to_save(\.default)?\.", ".", key)
 
 
@@ -218,6 +230,9 @@ def _needed(model: nn.Module, plan: Plan) -> dict[str, _Slot]:
         kind = formula(layer, plan.config.variant)
         for key, shape in kind.tensor_shapes(*target.shape, target.r).items():
             slots[f"{target.name}.{key}"] = _Slot(shape, factor_dtype(read_weight(layer)))
+    for name, ids in plan.tokens.items():
+        matrix = modules[name].get_parameter("weight")  # (vocab, dim) in both kinds of layer
+        slots[f"{name}.{KEY}"] = _Slot((len(ids), matrix.shape[1]), factor_dtype(matrix))
     for name in plan.trained:
         for key, own in modules[name].state_dict().items():
             slots[f"{name}.{key}"] = _Slot(tuple(own.shape), own.dtype)

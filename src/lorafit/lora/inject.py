@@ -9,24 +9,26 @@ matches nothing is an error.
 """
 
 import math
-import re
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorafit.config import LoraConfig, Names
+from lorafit.config import LoraConfig
 from lorafit.errors import NumericError, UsageError, listing, nearest, said_of
 from lorafit.lora.identity import adapter_digest, note_merged
 from lorafit.lora.inits import Init, Pair, find_init
 from lorafit.lora.layers import VARIANTS, LoraLinear, TrainedCopy, formula
-from lorafit.lora.weights import is_readable, read_weight, write_weight
+from lorafit.lora.names import as_names, block_number, collapse, key_matches, matches, no_match, resolve
+from lorafit.lora.tokens import TiedHead, TokenRows, find_rows, wrap_rows
+from lorafit.lora.weights import is_readable, read_weight
 
-Wrapper = LoraLinear | TrainedCopy
+Wrapper = LoraLinear | TrainedCopy | TokenRows | TiedHead
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Plan:
     unreachable: Mapping[str, int]
     trainable: int
     total: int
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.config.variant}, init {self.config.init}"]
@@ -59,6 +62,7 @@ class Plan:
             for text, count in collapse(names):
                 lines.append(f"  {text}  ×{count}   {out} × {in_}   r={r}, alpha={alpha:g}")
         lines += [f"  {text}  ×{count}   trained in full" for text, count in collapse(self.trained)]
+        lines += [f"  {name}   {len(ids)} rows trained" for name, ids in self.tokens.items()]
         share = 100 * self.trainable / self.total if self.total else 0.0
         lines.append(f"trained: {self.trainable:,} of {self.total:,} parameters ({share:.4f} %)")
         if self.unreachable:
@@ -117,12 +121,15 @@ def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
     targets = []
     for name in chosen:
         out, in_ = read_weight(layers[name]).shape
-        r = int(_resolve(config.rank_pattern, name, config.r))
-        targets.append(Target(name, r, float(_resolve(config.alpha_pattern, name, config.alpha)), (out, in_)))
+        r = int(resolve(config.rank_pattern, name, config.r))
+        targets.append(Target(name, r, float(resolve(config.alpha_pattern, name, config.alpha)), (out, in_)))
     if not targets and not trained:
         raise UsageError(f"nothing to adapt: no linear layer in this {type(model).__name__} matches the configuration")
+    tokens = find_rows(model, modules, (*chosen, *trained), config, strict)
+    trainable, total = _counts(model, config, targets, trained)
+    rows = sum(len(ids) * modules[name].get_parameter("weight").shape[1] for name, ids in tokens.items())
     unreachable = _unreachable(model, trained)
-    return Plan(config, tuple(targets), tuple(trained), unreachable, *_counts(model, config, targets, trained))
+    return Plan(config, tuple(targets), tuple(trained), unreachable, trainable + rows, total + rows, tokens)
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -140,34 +147,13 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def matches(pattern: Names, name: str) -> bool:
-    """PEFT's rule: a string is a regular expression for all of `name`; a list holds names or endings."""
-    if isinstance(pattern, str):
-        return _expression(pattern).fullmatch(name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
-
-
-def _as_names(pattern: Names) -> Names:
-    """'q_proj' and 'q_proj,v_proj' mean name endings; only what cannot be a name is a regular expression."""
-    if isinstance(pattern, str) and re.fullmatch(r"[\w.]+(,[\w.]+)*", pattern):
-        return tuple(pattern.split(","))
-    return pattern
-
-
-def _expression(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"'{pattern}' is no regular expression: {error}") from None
-
-
 def _is_layer(module: nn.Module) -> bool:
     return is_readable(module) and read_weight(module).ndim == 2
 
 
 def _select(model: nn.Module, layers: Mapping[str, nn.Module], config: LoraConfig, strict: bool) -> list[str]:
     """The names of the layers to adapt, in the model's order."""
-    targets, exclude = _as_names(config.targets), _as_names(config.exclude)
+    targets, exclude = as_names(config.targets), as_names(config.exclude)
     if isinstance(config.targets, str) and config.targets.lower() == "all-linear":
         head = _head(model)
         chosen = [n for n, m in layers.items() if not isinstance(m, nn.Embedding) and m is not head]
@@ -177,17 +163,17 @@ def _select(model: nn.Module, layers: Mapping[str, nn.Module], config: LoraConfi
         if not isinstance(targets, str):
             unmatched = [entry for entry in targets if not any(matches((entry,), name) for name in layers)]
         if unmatched and (strict or not chosen):
-            raise UsageError(_no_match("target", unmatched, layers))
+            raise UsageError(no_match("target", unmatched, layers))
     if exclude:
         kept = [name for name in chosen if not matches(exclude, name)]
         if strict:
             entries = [exclude] if isinstance(exclude, str) else [(entry,) for entry in exclude]
             idle = [e if isinstance(e, str) else e[0] for e in entries if not any(matches(e, name) for name in layers)]
             if idle:
-                raise UsageError(_no_match("exclude", idle, layers))
+                raise UsageError(no_match("exclude", idle, layers))
         chosen = kept
     if config.layers is not None:
-        numbers = {name: _block_number(name) for name in chosen}
+        numbers = {name: block_number(name) for name in chosen}
         known = sorted({number for number in numbers.values() if number is not None})
         missing = sorted(set(config.layers) - set(known))
         if missing and strict:
@@ -201,39 +187,18 @@ def _trained_modules(modules: Mapping[str, nn.Module], patterns: tuple[str, ...]
     found = {name: module for name, module in modules.items() if patterns and matches(patterns, name)}
     idle = [entry for entry in patterns if strict and not any(matches((entry,), name) for name in modules)]
     if idle:
-        raise UsageError(_no_match("train_modules", idle, modules))
+        raise UsageError(no_match("train_modules", idle, modules))
+    parameters = [(key, p) for name, module in found.items() for key, p in module.named_parameters(name)]
+    if stored := [key for key, p in parameters if not p.is_floating_point()]:
+        raise UsageError(f"train_modules: {listing(stored)} are no floating-point numbers, which cannot be trained")
     return {name: m for name, m in found.items() if not name.startswith(tuple(f"{n}." for n in found if n != name))}
 
 
 def _check_patterns(config: LoraConfig, chosen: list[str], strict: bool) -> None:
     for label, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        idle = [key for key in pattern if strict and not any(_key_matches(key, name) for name in chosen)]
+        idle = [key for key in pattern if strict and not any(key_matches(key, name) for name in chosen)]
         if idle:
-            raise UsageError(_no_match(label, idle, chosen))
-
-
-def _resolve(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """The value for `name`: of all keys that match the most specific (longest) wins, in any order."""
-    keys = [name] if name in pattern else [key for key in pattern if _key_matches(key, name)]
-    return pattern[max(keys, key=len)] if keys else default
-
-
-def _key_matches(key: str, name: str) -> bool:
-    return key == name or _expression(rf"(.*\.)?({key})$").match(name) is not None
-
-
-def _no_match(what: str, patterns: Iterable[str], names: Iterable[str]) -> str:
-    names = list(names)
-    endings = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
-    known = [*endings, *names, "all-linear"] if what == "target" else [*endings, *names]
-    patterns = list(patterns)
-    wrong = listing([*(f"'{pattern}'{nearest(pattern, known)}" for pattern in patterns[:6]), *patterns[6:]])
-    return f"{what} {wrong} matches no layer of the model; its layers end in {listing(endings, 12)}"
-
-
-def _block_number(name: str) -> int | None:
-    number = next((part for part in name.split(".") if part.isdigit()), None)
-    return None if number is None else int(number)
+            raise UsageError(no_match(label, idle, chosen))
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -287,29 +252,6 @@ def _counts(
     return trainable, sum(p.numel() for p in plain) + trainable
 
 
-def collapse(names: Iterable[str]) -> list[tuple[str, int]]:
-    """`layers.0.q, layers.1.q` -> [("layers.{0..1}.q", 2)]: names that differ in numbers, in one line."""
-    groups: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-    for name in names:
-        parts = name.split(".")
-        groups[".".join("#" if p.isdigit() else p for p in parts)].append(tuple(int(p) for p in parts if p.isdigit()))
-    lines = []
-    for shape, numbers in groups.items():
-        text = shape
-        for column in zip(*numbers, strict=True):
-            text = text.replace("#", _span(sorted(set(column))), 1)
-        lines.append((text, len(numbers)))
-    return lines
-
-
-def _span(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{{{numbers[0]}..{numbers[-1]}}}"
-    return "{" + ",".join(map(str, numbers)) + "}"
-
-
 # --- executing ------------------------------------------------------------------------------------
 
 
@@ -346,6 +288,7 @@ def execute(model: nn.Module, plan: Plan, init: Init | None = None, starts: Mapp
                 )
         for name in plan.trained:
             wrappers[name] = TrainedCopy(model.get_submodule(name))
+        wrappers |= wrap_rows(model, plan.tokens)
     except BaseException:
         _restore(model, flags)
         raise
@@ -414,13 +357,14 @@ def remove_lora(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> nn.Module:
+def merge_lora(model: nn.Module, on_note: Callable[[str], object] = warnings.warn) -> nn.Module:
     """Make W + ΔW the model's own weights, summed in fp32 and rounded once; the model is plain again. Returns
     it.
 
     All or nothing: NumericError names every layer whose sum is not finite, and nothing has been changed then.
     A tied weight (embedding and head in one) is untied first, so that the other end keeps what it had, and
-    the configuration says so. It also remembers the adapter, so that `load_lora` does not put it in twice.
+    the configuration says so. It also remembers the adapter, so that `load_lora` does not put it in twice. Layers
+    whose storage cannot hold the sum (8 bits) become dense, of which `on_note` hears.
     """
     found = list(wrappers(model))
     if not found:
@@ -434,13 +378,15 @@ def merge_lora(model: nn.Module) -> nn.Module:
     owners: dict[int, set[str]] = defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].add(name)
-    untied = False
+    untied, thawed = False, []
     for name, layer in found:
-        plain = layer.trained if isinstance(layer, TrainedCopy) else layer.base_layer
-        untied |= any(len(owners[id(parameter)]) > 1 for parameter in layer.base_layer.parameters())
-        if isinstance(layer, LoraLinear):
-            write_weight(plain, layer.merged_weight())
+        if not isinstance(layer, TokenRows | TiedHead):  # which stay tied
+            untied |= any(len(owners[id(parameter)]) > 1 for parameter in layer.base_layer.parameters())
+        plain = layer.trained if isinstance(layer, TrainedCopy) else layer.write_merged()
+        thawed += [name] if type(plain) is not type(layer.base_layer) else []
         model.set_submodule(name, plain)
+    if thawed:
+        on_note(f"merged into what their storage held, not into the original weights, and dense now: {listing(thawed)}")
     if untied:
         _declare_untied(model)
     note_merged(model, digest)
@@ -451,7 +397,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 def _all_finite(layer: Wrapper) -> bool:
     if isinstance(layer, LoraLinear):
         return bool(layer.merged_weight().isfinite().all())
-    return all(bool(parameter.isfinite().all()) for parameter in layer.trained.parameters())
+    return all(bool(tensor.isfinite().all()) for tensor in layer.saved().values())
 
 
 def _declare_untied(model: nn.Module) -> None:

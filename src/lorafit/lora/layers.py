@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafit.lora.fused import Parts, low_rank_linear
 from lorafit.lora.fused_dora import GainedLowRankLinear
 from lorafit.lora.inits import Init, factor_dtype, find_init
-from lorafit.lora.weights import read_weight
+from lorafit.lora.weights import read_weight, write_weight
 
 TINY = 1e-30  # a squared norm below this is a row of zeros
 
@@ -141,6 +141,10 @@ class LoraLinear(nn.Module):
         """W + s·B·A, summed in fp32 and rounded once to W's dtype, (out, in)."""
         W = read_weight(self.base_layer)
         return (W.to(factor_dtype(W)) + self.delta()).to(W.dtype)
+
+    def write_merged(self) -> nn.Module:
+        """Make the merged weight the base layer's own; returns the layer that has it."""
+        return write_weight(self.base_layer, self.merged_weight())
 
     @property
     def weight(self) -> Tensor:
