@@ -61,7 +61,10 @@ class LoraConfig:
     dropout: float = knob(0.0, "dropout on the input of A while training")
     targets: Names = knob(
         "all-linear",
-        "'all-linear' (every linear layer but the output head), name endings, or one regular expression",
+        "'all-linear' (every linear layer but the output head; experts, too), name endings, or one regular expression",
+    )
+    parameters: tuple[str, ...] = knob(
+        (), "weights outside of linear layers to adapt as well, by name ending: experts.down_proj, gate.weight"
     )
     exclude: Names = knob((), "name endings, or one regular expression, of layers to leave alone")
     layers: tuple[int, ...] | None = knob(None, "adapt only the transformer blocks with these numbers")
@@ -77,12 +80,12 @@ class LoraConfig:
     train_modules: tuple[str, ...] = knob((), "modules trained in full beside LoRA, by name ending: norm, lm_head")
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude", "layers", "train_modules"):
+        for name in ("targets", "parameters", "exclude", "layers", "train_modules"):
             value = getattr(self, name)
-            if isinstance(value, list | set) or (name == "train_modules" and isinstance(value, str)):
+            if isinstance(value, list | set) or (name in ("parameters", "train_modules") and isinstance(value, str)):
                 value = (value,) if isinstance(value, str) else tuple(value)
                 object.__setattr__(self, name, value)
-        _named(self, "targets", "exclude", "train_modules")
+        _named(self, "targets", "parameters", "exclude", "train_modules")
         if self.layers is not None and not all(type(n) is int and n >= 0 for n in _items(self.layers)):
             raise UsageError(f"layers must be a list of block numbers, not {self.layers!r}")
         _positive(self, "r", "alpha", "init_rows")

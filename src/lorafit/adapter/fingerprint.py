@@ -70,7 +70,7 @@ def _dense_weights(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tenso
     for name, layer in layers.items():
         for key, weight in layer.named_parameters(name):
             plain = type(weight) is nn.Parameter and not weight.is_meta and weight.dtype in DENSE
-            if plain and weight.numel() and key.endswith("weight"):
+            if plain and weight.numel() and (key.endswith("weight") or weight.ndim == 3):
                 yield key, weight.detach()
 
 

@@ -24,7 +24,9 @@ from lorafit.adapter.untrusted import explained, open_file, parse, plain, shown
 from lorafit.config import LoraConfig, Names
 from lorafit.errors import AdapterError, UsageError, nearest
 from lorafit.lora import inject
+from lorafit.lora.experts import expert_weights
 from lorafit.lora.inject import Plan
+from lorafit.lora.weights import is_readable
 
 CONFIG = "adapter_config.json"
 LONGEST_FILE = 2**20
@@ -101,6 +103,7 @@ READ: dict[str, tuple[Any, Kind]] = {
     "r": (8, WHOLE),
     "rank_pattern": ({}, RANKS),
     "target_modules": (None, PATTERN),
+    "target_parameters": (None, NAMES),
     "use_dora": (False, FLAG),
     "use_rslora": (False, FLAG),
 }
@@ -134,7 +137,6 @@ UNSUPPORTED: dict[str, Any] = {
     "lora_bias": False,
     "megatron_config": None,
     "monteclora_config": None,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
@@ -194,7 +196,9 @@ def describe(model: nn.Module, plan: Plan, base_model: str | None) -> dict[str, 
     hf_config = getattr(model, "config", None)
     head = getattr(model, "get_output_embeddings", None)
     causal = callable(head) and head() is not None
-    names = [target.name for target in plan.targets]
+    key = _keys(plan, modules)
+    names = [name for name, said in key.items() if said == name and name in modules]
+    weights = [said for said in key.values() if said not in names]
     said = DEFAULTS | {
         "base_model_name_or_path": base_model or getattr(hf_config, "_name_or_path", None) or None,
         "fan_in_fan_out": any(isinstance(modules[name], Conv1D) for name in names),
@@ -202,9 +206,10 @@ def describe(model: nn.Module, plan: Plan, base_model: str | None) -> dict[str, 
         "lora_dropout": config.dropout,
         "modules_to_save": list(plan.trained) or None,
         "r": int(config.r),
-        "alpha_pattern": _disjoint({t.name: _number(t.alpha) for t in plan.targets}, _number(config.alpha)),
-        "rank_pattern": _disjoint({t.name: t.r for t in plan.targets}, config.r),
+        "alpha_pattern": _disjoint({key[t.name]: _number(t.alpha) for t in plan.targets}, _number(config.alpha)),
+        "rank_pattern": _disjoint({key[t.name]: t.r for t in plan.targets}, config.r),
         "target_modules": _endings_or_regex(names, [n for n in modules if n not in plan.trained]),
+        "target_parameters": _endings(weights, _parameter_names(modules)) or None,
         "task_type": "CAUSAL_LM" if causal else None,
         "use_dora": config.variant == "dora",
         "use_rslora": bool(config.rslora),
@@ -212,6 +217,21 @@ def describe(model: nn.Module, plan: Plan, base_model: str | None) -> dict[str, 
     if problem := next(filter(None, (_problem(*field) for field in said.items())), None):
         raise UsageError(f"this adapter cannot be saved in PEFT's format: {problem}")
     return said
+
+
+# In a model with stacks of experts PEFT 0.21 takes these for the experts of older checkpoints, wherever they are.
+OLD_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def _keys(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """What PEFT has to call the targets: a layer by its name, or by its weight's where it would take the name wrongly.
+
+    It has plain LoRA for weights, and nothing else.
+    """
+    named = plan.config.variant != "lora" or plan.config.dropout > 0 or not expert_weights(modules)
+    mistaken = () if named else OLD_EXPERTS
+    return {t.name: f"{t.name}.weight" if t.parameter is None and _last(t.name) in mistaken else t.name
+            for t in plan.targets}  # fmt: skip
 
 
 def widened(plan: Plan, names: Collection[str]) -> Plan:
@@ -279,6 +299,13 @@ def _endings_or_regex(names: Collection[str], modules: Iterable[str]) -> list[st
     return sorted(chosen)
 
 
+def _endings(names: Collection[str], known: Iterable[str]) -> list[str]:
+    """A short list of name endings that matches exactly `names` among `known`; PEFT has no patterns for these."""
+    others = {tail for name in set(known) - set(names) for tail in _tails(name)}
+    shortest = [next((tail for tail in reversed([*_tails(name)]) if tail not in others), name) for name in names]
+    return sorted(set(shortest))
+
+
 def _disjoint(values: Mapping[str, float], default: float) -> dict[str, float]:
     """Disjoint keys for the layers whose value differs: a name ending where all layers with it agree, else
     full names.
@@ -320,19 +347,25 @@ def plan_for(model: nn.Module, raw: Mapping[str, Any], tensors: Collection[str],
     """
     modules = inject.plain_modules(model)
     layers = raw["layers_to_transform"]
+    entries = set(raw["target_parameters"] or [])
+    weights = [name for name in _parameter_names(modules) if not entries.isdisjoint(_tails(name))]
+    # The weight of a linear layer is that layer.
+    key = {n.removesuffix(".weight"): n for n in weights if is_readable(modules[n.rpartition(".")[0]])}
     try:
         config = LoraConfig(
             r=raw["r"],
             alpha=raw["lora_alpha"],
             dropout=raw["lora_dropout"],
-            targets=_targets(raw["target_modules"], modules, tensors),
+            targets=_targets(raw["target_modules"], modules, tensors, key),
+            parameters=tuple(name for name in weights if name not in key.values()),
             exclude=_exactly(_named("exclude_modules", raw["exclude_modules"] or [], modules), modules),
             layers=None if layers in (None, []) else tuple(layers) if isinstance(layers, list) else (layers,),
             variant="dora" if raw["use_dora"] else "lora",
             rslora=raw["use_rslora"],
             train_modules=_trained(raw["modules_to_save"] or [], modules, tensors),
         )
-        names = [target.name for target in inject.find_targets(model, config, strict=False).targets]
+        found = inject.find_targets(model, config, strict=False).targets
+        names = {target.name: key.get(target.name, target.name) for target in found}
         config = replace(
             config,
             rank_pattern=_spelled_out("rank_pattern", raw["rank_pattern"], names, raw["r"]),
@@ -343,7 +376,10 @@ def plan_for(model: nn.Module, raw: Mapping[str, Any], tensors: Collection[str],
         raise AdapterError(f"{where}: {CONFIG} does not fit this model: {plain(error)}") from error
 
 
-def _targets(value: str | list[str] | None, modules: Collection[str], tensors: Collection[str]) -> Names:
+def _targets(
+    value: str | list[str] | None, modules: Collection[str], tensors: Collection[str], more: Iterable[str]
+) -> Names:
+    """The layers that `target_modules` names, and `more`."""
     if isinstance(value, str) and value.lower() == "all-linear":
         return value
     if value is not None:
@@ -351,11 +387,15 @@ def _targets(value: str | list[str] | None, modules: Collection[str], tensors: C
             found = _named("target_modules", value, modules)
             if value and not found:
                 raise UsageError(f"target_modules={shown(value)} names no layer of it")
-            return _exactly(found, modules)
+            return _exactly([*found, *more], modules)
     # For None PEFT looks in a table of model types; the tensors themselves know better. They also know what a pattern
     # stands for that RE2 cannot take.
     held = dict.fromkeys(key.split(".lora_")[0] for key in tensors if ".lora_" in key)
     return _exactly([name for name in held if name in modules], modules)
+
+
+def _parameter_names(modules: Mapping[str, nn.Module]) -> list[str]:
+    return [name for module, found in modules.items() for name, _ in found.named_parameters(module, recurse=False)]
 
 
 def _named(field: str, value: str | list[str], modules: Iterable[str]) -> list[str]:
@@ -379,13 +419,16 @@ def _trained(endings: list[str], modules: Mapping[str, nn.Module], tensors: Coll
     return tuple(held or ending)
 
 
-def _spelled_out(field: str, pattern: Mapping[str, Any], names: list[str], default: float) -> dict[str, Any]:
-    """PEFT takes the first key that matches, in the file's order: the outcome, one full name per layer."""
+def _spelled_out(field: str, pattern: Mapping[str, Any], names: Mapping[str, str], default: float) -> dict[str, Any]:
+    """PEFT takes the first key that matches, in the file's order: the outcome, one full name per layer.
+
+    `names` gives for our name the one that PEFT matches.
+    """
     if not pattern:
         return {}
     values = list(pattern.values())
-    first = _first_matches(field, list(pattern), names, r"(.*\.)?(KEY)$")
-    return {name: values[first[name]] if name in first else default for name in names}
+    first = _first_matches(field, list(pattern), names.values(), r"(.*\.)?(KEY)$")
+    return {name: values[first[said]] if said in first else default for name, said in names.items()}
 
 
 # --- patterns from a file -------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from lorafit.adapter.weights_file import NAME, Entry, WeightsFile, open_weights
 from lorafit.errors import AdapterError, NumericError, UsageError, listing
 from lorafit.files import MANIFEST, damaged, new_folder, read_manifest, write_json, write_tensors
 from lorafit.lora import inject
+from lorafit.lora.experts import LoraParameter
 from lorafit.lora.identity import adapter_digest, merged_digests
 from lorafit.lora.inits import BLANK, BLANK_KEPT, Init, factor_dtype, find_init
 from lorafit.lora.inject import Plan
@@ -137,7 +138,7 @@ def _read(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[
 def _narrowed(model: nn.Module, plan: Plan, init: Any, folder: Path) -> Plan:
     """The plan whose layers have a kept start and are, in the file, the pairs of twice the rank that `plan` names."""
     modules = inject.plain_modules(model)
-    kept = [t.name for t in plan.targets if not isinstance(modules[t.name], nn.Embedding)]
+    kept = [t.name for t in plan.targets if t.parameter is None and not isinstance(modules[t.layer], nn.Embedding)]
     if odd := [t.name for t in plan.targets if t.name in kept and t.r % 2] or ([CONFIG] if plan.config.r % 2 else []):
         raise AdapterError(f"{folder}: its note says that a start is kept, but an odd rank has none: {listing(odd)}")
     plan = narrowed(plan, kept)
@@ -176,11 +177,12 @@ def _needed(model: nn.Module, plan: Plan) -> dict[str, _Slot]:
     """Every tensor that model and configuration call for, by plain name."""
     modules = inject.plain_modules(model)
     slots = {}
-    for target in plan.targets:
-        layer = modules[target.name]
-        kind = formula(layer, plan.config.variant)
+    for target, wrapper in inject.wrapper_names(plan):
+        layer = modules[target.layer]
+        weight = read_weight(layer) if target.parameter is None else layer.get_parameter(target.parameter)
+        kind: Any = formula(layer, plan.config.variant) if target.parameter is None else LoraParameter
         for key, shape in kind.tensor_shapes(*target.shape, target.r).items():
-            slots[f"{target.name}.{key}"] = _Slot(shape, factor_dtype(read_weight(layer)))
+            slots[f"{wrapper}.{key}"] = _Slot(shape, factor_dtype(weight))
     for name in plan.trained:
         for key, own in modules[name].state_dict().items():
             slots[f"{name}.{key}"] = _Slot(tuple(own.shape), own.dtype)

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafit.lora.fused import LowRankLinear
 from lorafit.lora.inits import Init, factor_dtype, find_init
-from lorafit.lora.weights import read_weight
+from lorafit.lora.weights import read_weight, write_weight
 
 TINY = 1e-30  # a squared norm below this is a row of zeros
 
@@ -62,7 +62,11 @@ class LoraLinear(nn.Module):
         for parameter in base_layer.parameters():
             parameter.requires_grad_(False)
         with torch.no_grad():
-            self.start(read_weight(base_layer), find_init(init) if isinstance(init, str) else init)
+            self.start(self.base_weight(), find_init(init) if isinstance(init, str) else init)
+
+    def base_weight(self) -> Tensor:
+        """W, (out, in)."""
+        return read_weight(self.base_layer)
 
     def start(self, W: Tensor, init: Init) -> None:
         """Make A and B and give them their first values; keep these where B·A is not 0."""
@@ -82,6 +86,10 @@ class LoraLinear(nn.Module):
         """A (r, in) and B (out, r): what is trained."""
         return self.lora_A.weight, self.lora_B.weight
 
+    def matrices(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors of the factors' shapes, their gradients say, as what is multiplied: here as they are."""
+        return A, B
+
     @property
     def kept(self) -> bool:
         """Whether B·A did not start at 0, so that the start (A0, B0) is kept and the difference to it learned."""
@@ -100,13 +108,13 @@ class LoraLinear(nn.Module):
         """
         A, B = self.factors
         if self.lora_A0 is None or self.lora_B0 is None:
-            return A, B
+            return self.matrices(A, B)
         return torch.cat([A, A - self.lora_A0]), torch.cat([B - self.lora_B0, self.lora_B0], dim=1)
 
     def moved(self) -> bool:
         """Whether ΔW is anything but 0."""
         A, B = self.update
-        return bool((A.any(dim=1) & B.any(dim=0)).any())
+        return bool((A.any(dim=-1) & B.any(dim=-2)).any())
 
     def saved(self) -> dict[str, Tensor]:
         """The adapter's tensors as a file holds them, by their names below the layer's own."""
@@ -139,8 +147,13 @@ class LoraLinear(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """W + s·B·A, summed in fp32 and rounded once to W's dtype, (out, in)."""
-        W = read_weight(self.base_layer)
+        W = self.base_weight()
         return (W.to(factor_dtype(W)) + self.delta()).to(W.dtype)
+
+    def write_merged(self) -> nn.Module:
+        """Make the merged weight the base layer's own; returns the layer that has it."""
+        write_weight(self.base_layer, self.merged_weight())
+        return self.base_layer
 
     @property
     def weight(self) -> Tensor:
