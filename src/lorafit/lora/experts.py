@@ -204,6 +204,13 @@ class LowRankSum(Tensor):
         self.W, self.L, self.R, self.scale = W, L, R, scale
         self.recorded = torch.is_grad_enabled()
 
+    def made_of(self, change: Callable[[Tensor], Tensor], turn: bool = False) -> "LowRankSum":
+        """The same sum of changed parts."""
+        L, R = (self.R, self.L) if turn else (self.L, self.R)
+        made = LowRankSum(change(self.W), change(L), change(R), self.scale)
+        made.recorded = self.recorded
+        return made
+
     def dense(self) -> Tensor:
         return (self.W.to(self.L.dtype) + self.scale * (self.L @ self.R)).to(self.W.dtype)
 
@@ -269,7 +276,8 @@ def _matmul(func: Any, a: Tensor, b: Tensor) -> Any:
 
 def _grouped(func: Any, x: Tensor, weight: Tensor, offs: Tensor | None = None, **options: Any) -> Any:
     """Rows of x (n, in), in order of their experts, each times its expert's matrix of (experts, in, out)."""
-    if isinstance(x, LowRankSum) or not isinstance(weight, LowRankSum) or (x.ndim, weight.ndim) != (2, 3) or options:
+    asked = [option for option in options.values() if option is not None]
+    if isinstance(x, LowRankSum) or not isinstance(weight, LowRankSum) or (x.ndim, weight.ndim) != (2, 3) or asked:
         return NotImplemented
     L, R = weight.times(x.dtype)
     # The kernel wants rows of whole 16 bytes: eight numbers of two.
@@ -283,13 +291,13 @@ def _item(func: Any, stack: LowRankSum, index: Any) -> Any:
     numbers = type(index) in (int, slice) or (isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64))
     if stack.ndim != 3 or not numbers:
         return NotImplemented
-    return LowRankSum(stack.W[index], stack.L[index], stack.R[index], stack.scale)
+    return stack.made_of(lambda part: part[index])
 
 
 def _transpose(func: Any, matrix: LowRankSum, *dims: int) -> Any:
     if dims and {dim % matrix.ndim for dim in dims} != {matrix.ndim - 2, matrix.ndim - 1}:
         return NotImplemented
-    return LowRankSum(matrix.W.mT, matrix.R.mT, matrix.L.mT, matrix.scale)
+    return matrix.made_of(lambda part: part.mT, turn=True)
 
 
 PRODUCTS: dict[str, Callable[..., Any]] = {
