@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "dora": ("llama", {"variant": "dora", "dropout": 0.2}, {}, {"max_grad_norm": None}),
     "a kept start": ("llama", {"init": "pissa", "variant": "dora"}, {}, {}),
     "in full": ("llama", {"train_modules": ("norm", "lm_head")}, {}, {"keep_best": False}),
+    "experts": ("mixtral", {}, {}, {}),
     "patience": ("llama", {}, {}, {"lr": 0.5, "patience": 1, "epochs": 4}),
 }
 Again = Callable[..., tuple[Result, dict[str, torch.Tensor]]]

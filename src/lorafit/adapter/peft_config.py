@@ -224,14 +224,10 @@ OLD_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def _keys(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """What PEFT has to call the targets: a layer by its name, or by its weight's where it would take the name wrongly.
-
-    It has plain LoRA for weights, and nothing else.
-    """
-    named = plan.config.variant != "lora" or plan.config.dropout > 0 or not expert_weights(modules)
-    mistaken = () if named else OLD_EXPERTS
-    return {t.name: f"{t.name}.weight" if t.parameter is None and _last(t.name) in mistaken else t.name
-            for t in plan.targets}  # fmt: skip
+    """What PEFT has to call the targets: a layer by its weight where it would take the name wrongly (plain LoRA only)."""
+    plain_lora = plan.config.variant == "lora" and not plan.config.dropout
+    mistaken = {n for n in modules if _last(n) in OLD_EXPERTS} if plain_lora and expert_weights(modules) else set()
+    return {t.name: f"{t.name}.weight" if t.name in mistaken else t.name for t in plan.targets}
 
 
 def widened(plan: Plan, names: Collection[str]) -> Plan:

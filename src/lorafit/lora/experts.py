@@ -151,8 +151,8 @@ def held_weights(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]
 def expert_weights(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """Of the weights held so, the experts and their routers: full name -> how many matrices lie in one.
 
-    A stack of n matrices belongs to experts if something beside it turns a vector into n numbers: the router. A stack
-    whose output is twice what another one there takes in holds two layers in one, the gate and the value of a gated
+    A stack of n matrices belongs to experts if something beside it turns the vectors they take into n numbers: the
+    router. A stack whose output is twice what another one there takes in holds two layers in one, the gate and the value of a gated
     unit; they count as two. What a family calls them plays no part.
     """
     held = held_weights(modules)
@@ -163,8 +163,8 @@ def expert_weights(modules: Mapping[str, nn.Module]) -> dict[str, int]:
         owner = name.rpartition(".")[0]
         block = f"{owner.rpartition('.')[0]}." if "." in owner else ""
         beside = {n: s for n, s in outputs.items() if n.startswith(block) and not n.startswith(f"{owner}.")}
-        routers = [n for n, s in beside.items() if len(s) == 2 and s[0] == shape[0]]
-        if len(shape) == 3 and routers:
+        routers = [n for n, s in beside.items() if len(s) == 2 and s[0] == shape[0] and s[1] in shape[1:]]
+        if len(shape) == 3 and min(shape) > 1 and routers:
             stacks = [s for n, s in held.items() if n.startswith(block) and n != name and len(s) == 3]
             found[name] = 2 if any(_feeds(shape, other) for other in stacks) else 1
             found |= {router: 1 for router in routers if router in held}
