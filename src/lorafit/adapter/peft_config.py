@@ -224,7 +224,7 @@ OLD_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def _keys(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """What PEFT has to call the targets: a layer by its weight where it would take the name wrongly (plain LoRA only)."""
+    """What PEFT has to call the targets: a layer by its weight where it would take the name for another's."""
     plain_lora = plan.config.variant == "lora" and not plan.config.dropout
     mistaken = {n for n in modules if _last(n) in OLD_EXPERTS} if plain_lora and expert_weights(modules) else set()
     return {t.name: f"{t.name}.weight" if t.name in mistaken else t.name for t in plan.targets}

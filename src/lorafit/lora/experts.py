@@ -152,8 +152,8 @@ def expert_weights(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """Of the weights held so, the experts and their routers: full name -> how many matrices lie in one.
 
     A stack of n matrices belongs to experts if something beside it turns the vectors they take into n numbers: the
-    router. A stack whose output is twice what another one there takes in holds two layers in one, the gate and the value of a gated
-    unit; they count as two. What a family calls them plays no part.
+    router. A stack whose output is twice what another one there takes in holds two layers in one, the gate and the
+    value of a gated unit; they count as two. What a family calls them plays no part.
     """
     held = held_weights(modules)
     linear = {f"{n}.weight": (m.out_features, m.in_features) for n, m in modules.items() if isinstance(m, nn.Linear)}
