@@ -48,6 +48,16 @@ def _named(config: object, *names: str) -> None:
             raise UsageError(f"{name} must be a string or a list of names, not {value!r}")
 
 
+def _patterns(config: object, *names: str) -> None:
+    for name in names:
+        pattern = getattr(config, name)
+        if not isinstance(pattern, Mapping):
+            raise UsageError(f"{name} must map names to numbers, not {pattern!r}")
+        for key, value in pattern.items():
+            if not (_is_number(value) and value > 0):
+                raise UsageError(f"{name}[{key!r}] must be a number greater than 0, not {value!r}")
+
+
 def _items(value: Any) -> Any:
     return value if isinstance(value, tuple) else (None,)
 
@@ -91,13 +101,7 @@ class LoraConfig:
         _positive(self, "r", "alpha", "init_rows")
         _within(self, 1, math.inf, "init_rho")
         _within(self, 0, 1, "dropout")
-        for label in ("rank_pattern", "alpha_pattern"):
-            pattern = getattr(self, label)
-            if not isinstance(pattern, Mapping):
-                raise UsageError(f"{label} must map names to numbers, not {pattern!r}")
-            for key, value in pattern.items():
-                if not (_is_number(value) and value > 0):
-                    raise UsageError(f"{label}[{key!r}] must be a number greater than 0, not {value!r}")
+        _patterns(self, "rank_pattern", "alpha_pattern")
         for rank in (self.r, *self.rank_pattern.values()):
             if rank != int(rank):
                 raise UsageError(f"a rank must be a whole number, not {rank!r}")
@@ -113,6 +117,9 @@ class ModelConfig:
     revision: str | None = knob(None, "branch, tag or commit on the hub")
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = knob(
         "auto", "precision of the base; auto: bfloat16 where the processor computes it natively, else float32"
+    )
+    storage: Literal["dense", "int8"] = knob(
+        "dense", "how the frozen linear layers are kept; int8: 8-bit codes and a scale per row, half of bfloat16's size"
     )
     device: str = knob("auto", "cpu, cuda, cuda:1, mps …; auto: the first accelerator, else cpu")
     trust_remote_code: bool = knob(False, "run Python code that comes with the model; leave off unless you read it")
@@ -155,6 +162,18 @@ class TrainConfig:
     steps: int | None = knob(None, "stop after this many optimizer steps instead of after `epochs`")
     schedule: Literal["cosine", "linear", "constant"] = knob("cosine", "how the learning rate falls after warm-up")
     warmup: float = knob(0.03, "share of the steps in which the learning rate rises from 0 (1 or more: steps)")
+    lora_plus_ratio: float = knob(1.0, "LoRA+: learning rate of B over that of A; 16 is usual, with a smaller lr")
+    lr_pattern: Mapping[str, float] = knob(
+        {}, "other peak learning rates for some of what is trained: {name ending or regex of layer or tensor: rate}"
+    )
+    lr_embeddings: float | None = knob(None, "peak learning rate of embeddings; none: lr")
+    lr_modules: float | None = knob(None, "peak learning rate of modules trained in full; none: lr")
+    rule: Literal["adamw", "lora-fa", "riemannian"] = knob(
+        "adamw",
+        "what AdamW is given: the gradient; with A frozen and B's corrected for it (LoRA-FA); "
+        "both preconditioned by the other factor",
+    )
+    neftune: float = knob(0.0, "NEFTune: noise of this size on the embeddings while training; 5 is usual, 0: none")
     weight_decay: float = knob(0.0, "AdamW's decoupled weight decay")
     betas: tuple[float, float] = knob((0.9, 0.999), "AdamW's two decay rates")
     eps: float = knob(1e-8, "AdamW's epsilon")
@@ -175,7 +194,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "lr", "epochs", "steps", "eps", "max_grad_norm", "eval_every", "patience")
-        _positive(self, "keep_checkpoints", "max_bad_steps")
+        _positive(self, "keep_checkpoints", "max_bad_steps", "lora_plus_ratio", "lr_embeddings", "lr_modules")
+        _patterns(self, "lr_pattern")
+        _within(self, 0, math.inf, "neftune")
+        if self.rule == "lora-fa" and self.lora_plus_ratio != 1:
+            raise UsageError("rule lora-fa trains no A, so there is nothing for lora_plus_ratio to compare: raise lr")
         if not (_is_number(self.save_every) and self.save_every >= 0):
             raise UsageError(f"save_every must not be negative, not {self.save_every!r}")
         if self.warmup < 0 or self.weight_decay < 0:

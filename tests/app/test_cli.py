@@ -541,6 +541,22 @@ def test_merge_saves_a_plain_model_that_answers_like_the_adapter(
     assert sorted(out.iterdir()) == before
 
 
+def test_a_base_in_8_bits_from_train_to_merge(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = f"--model {model_folder} --dtype float32 --device cpu"
+    assert main(f"inspect {model} --storage int8".split()) == 0
+    assert "model.layers.{0..1}.self_attn.q_proj  ×2   32 × 32" in capsys.readouterr().out
+    run, out = tmp_path / "run", tmp_path / "merged"
+    assert main(f"train {model} --data {data_file} --out {run} --steps 2 --storage int8".split()) == 0
+    capsys.readouterr()
+    assert main(f"merge {model} --adapter {run / 'adapter'} --out {out} --storage int8".split()) == 0
+    printed = capsys.readouterr().out
+    assert "merged into what their storage held, not into the original weights, and dense now: model" in printed
+    assert float(printed.split("largest logit difference ")[1].split()[0]) < 1e-4
+    assert transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)[1]["missing_keys"] == set()
+
+
 @pytest.mark.parametrize(("free", "said"), [(2**40, "a pass may hold "), (2**20, "passes are cut to ")])
 def test_inspect_says_how_large_a_pass_may_be(
     free: int,

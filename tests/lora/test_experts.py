@@ -27,6 +27,8 @@ from lorafit import (
 from lorafit.errors import ModelError, UsageError
 from lorafit.lora.experts import LoraParameter, LowRankSum, expert_weights
 from lorafit.lora.inject import plain_modules, wrappers
+from lorafit.lora.layers import LoraLinear
+from lorafit.training.rules import RULES
 
 Tiny = Callable[..., Any]
 TWO = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -344,3 +346,26 @@ def test_a_failure_inside_leaves_the_module_as_it_was(tiny: Tiny) -> None:
     with pytest.raises(TypeError):
         experts(None, None)
     assert type(experts.holder.gate_up_proj) is type(experts.holder.down_proj) is nn.Parameter
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_is_about_each_expert(rule: str, tiny: Tiny) -> None:
+    """What it makes of a stack's gradients is what it makes of the gradients of its experts as layers of their own."""
+    model = tiny("mixtral", num_hidden_layers=1)
+    add_lora(model, LoraConfig(r=2, init="gaussian_both"))
+    stack = model.model.layers[0].mlp.experts
+    for factor in stack.factors:
+        factor.grad = torch.randn_like(factor)
+    A, B = stack.matrices(*stack.factors)
+    gradients = stack.matrices(*(factor.grad.clone() for factor in stack.factors))
+    RULES[rule](stack)
+    after = stack.matrices(*(factor.grad for factor in stack.factors))
+    for e in range(4):
+        alone = LoraLinear(nn.Linear(48, 32), r=2, alpha=stack.alpha)
+        values, given = (A[e], B[e]), [gradient[e] for gradient in gradients]
+        for factor, value, gradient in zip(alone.factors, values, given, strict=True):
+            factor.data.copy_(value)
+            factor.grad = gradient.clone()
+        RULES[rule](alone)
+        for factor, found in zip(alone.factors, after, strict=True):
+            torch.testing.assert_close(factor.grad, found[e], rtol=1e-4, atol=1e-4)

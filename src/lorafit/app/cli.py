@@ -216,21 +216,23 @@ def merge(model: ModelConfig, out: OutConfig) -> None:
     from lorafit.lora.inject import merge_lora
     from lorafit.model.compare import compare, probe
     from lorafit.model.load import load_model, save_model
+    from lorafit.model.storage import store
 
     check_replaceable(out.out, replaces=())
+    console = make_console()
     net: Any
     net, tokenizer = load_model(**with_adapter(model))
-    need_space(Path(out.out), sum(p.nbytes for p in net.parameters()))
+    need_space(Path(out.out), sum(p.numel() for p in net.parameters()) * net.dtype.itemsize)
     before = probe(net, tokenizer)
-    merge_lora(net)
+    merge_lora(net, on_note=console.print)
+    store(net, "dense")  # other programs read nothing else
     difference = compare(before, probe(net, tokenizer, like=before))
     save_model(net, tokenizer, out.out, replaces=())
-    console = make_console()
     console.print(f"adapter and merged model on {len(before.rows)} prompts: {difference}")
     console.print(f"merged model {out.out}, in {net.dtype} (--dtype for another precision)")
 
 
-def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedConfig, show: ShowConfig) -> None:
+def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, show: ShowConfig) -> None:
     """Show what would be trained, and on which tokens, before any compute; with --data alone: check the rows."""
     if data.data and not model.model:
         from lorafit.app.rows import counted
@@ -254,12 +256,12 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedCo
     console.print(str(plan))
     device = resolve_device(model.device)
     if not data.data:
-        console.print(estimate(skeleton, data.batch_size * data.max_length, data.max_length, device))
+        console.print(estimate(skeleton, data.batch_size * data.max_length, device, training.checkpointing))
     else:
         tokenizer = load_tokenizer(**source(model))
-        examples, held_out = rows.read_rows(model, data, tokenizer, seed.seed)
-        tokens = rows.largest_pass(rows.make_batches(examples, data, seed=seed.seed))
-        console.print(estimate(skeleton, tokens, max(len(example.ids) for example in examples), device))
+        examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
+        tokens = rows.largest_pass(rows.make_batches(examples, data, seed=training.seed))
+        console.print(estimate(skeleton, tokens, device, training.checkpointing))
         console.print(rows.summary(examples, held_out))
         for example in examples[: show.rows]:
             console.print(f"\n{example.source}")
@@ -291,8 +293,8 @@ def source(model: ModelConfig) -> dict[str, Any]:
 
 
 def base(model: ModelConfig) -> dict[str, Any]:
-    """The same with its precision and device."""
-    return {**source(model), "dtype": model.dtype, "device": model.device}
+    """The same with its precision, device and storage."""
+    return {**source(model), "dtype": model.dtype, "device": model.device, "storage": model.storage}
 
 
 def with_adapter(model: ModelConfig) -> dict[str, Any]:

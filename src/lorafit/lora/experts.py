@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorafit.errors import ModelError
-from lorafit.lora.inits import Init, factor_dtype
+from lorafit.config import LoraConfig
+from lorafit.errors import ModelError, UsageError, listing
+from lorafit.lora.inits import Init, factor_dtype, find_init
 from lorafit.lora.layers import LoraLinear
 from lorafit.lora.weights import is_readable
 
@@ -175,6 +176,23 @@ def _feeds(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether half of what `one` puts out is what `other` takes in, and the other way round; in either layout."""
     (_, a, b), (_, c, d) = one, other
     return (a == 2 * d and b == c) or (b == 2 * c and a == d)
+
+
+def refuse_unfit(names: list[str], config: LoraConfig) -> None:
+    """Experts get plain LoRA: their module's own code multiplies, and there is no x to drop parts of."""
+    init = find_init(config.init)
+    reasons = {
+        f"variant '{config.variant}'": config.variant != "lora",
+        f"dropout {config.dropout:g}": config.dropout > 0,
+        f"init '{config.init}'": init.start == "kept" or init.statistic is not None,
+    }
+    said = [reason for reason, applies in reasons.items() if applies]
+    if names and said:
+        last = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in names})
+        raise UsageError(
+            f"{listing(said)} cannot be had for weights outside of linear layers ({listing(names, 2)}): "
+            f"leave it out, or exclude {','.join(last)}"
+        )
 
 
 # --- the sum that is not made ------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Unlike PEFT, a name that matches nothing is an error.
 """
 
 import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch import nn
 
 from lorafit.config import LoraConfig
 from lorafit.errors import NumericError, UsageError, listing, nearest, said_of
-from lorafit.lora.experts import LoraParameter, expert_weights, held_weights
+from lorafit.lora.experts import LoraParameter, expert_weights, held_weights, refuse_unfit
 from lorafit.lora.identity import adapter_digest, note_merged
 from lorafit.lora.inits import Init, Pair, find_init
 from lorafit.lora.layers import VARIANTS, LoraLinear, TrainedCopy, formula
@@ -140,7 +141,7 @@ def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
         alpha = float(resolve(config.alpha_pattern, name, config.alpha * matrices))
         targets.append(Target(name, r, alpha, shape, None if name in layers else name.rpartition(".")[2]))
     _refuse_shared(model, {id(modules[target.layer]): target.layer for target in targets})
-    _refuse_unfit_for_parameters([target.name for target in targets if target.parameter], config)
+    refuse_unfit([target.name for target in targets if target.parameter], config)
     if not targets and not trained:
         raise UsageError(f"nothing to adapt: no linear layer in this {type(model).__name__} matches the configuration")
     unreachable = _unreachable(model, trained, {target.name for target in targets})
@@ -220,6 +221,9 @@ def _trained_modules(modules: Mapping[str, nn.Module], patterns: tuple[str, ...]
     idle = [entry for entry in patterns if strict and not any(matches((entry,), name) for name in modules)]
     if idle:
         raise UsageError(no_match("train_modules", idle, modules))
+    parameters = [(key, p) for name, module in found.items() for key, p in module.named_parameters(name)]
+    if stored := [key for key, p in parameters if not p.is_floating_point()]:
+        raise UsageError(f"train_modules: {listing(stored)} are no floating-point numbers, which cannot be trained")
     return {name: m for name, m in found.items() if not name.startswith(tuple(f"{n}." for n in found if n != name))}
 
 
@@ -244,23 +248,6 @@ def _refuse_unfit(model: nn.Module, modules: Mapping[str, nn.Module], chosen: li
     embeddings = [name for name in chosen if isinstance(modules[name], nn.Embedding)]
     if config.variant != "lora" and embeddings:
         raise UsageError(f"variant '{config.variant}' adapts linear layers, not the embedding {listing(embeddings)}")
-
-
-def _refuse_unfit_for_parameters(names: list[str], config: LoraConfig) -> None:
-    """Experts get plain LoRA: their module's own code multiplies, and there is no x to drop parts of."""
-    init = find_init(config.init)
-    reasons = {
-        f"variant '{config.variant}'": config.variant != "lora",
-        f"dropout {config.dropout:g}": config.dropout > 0,
-        f"init '{config.init}'": init.start == "kept" or init.statistic is not None,
-    }
-    said = [reason for reason, applies in reasons.items() if applies]
-    if names and said:
-        last = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in names})
-        raise UsageError(
-            f"{listing(said)} cannot be had for weights outside of linear layers ({listing(names, 2)}): "
-            f"leave it out, or exclude {','.join(last)}"
-        )
 
 
 def _refuse_shared(model: nn.Module, first: Mapping[int, str]) -> None:
@@ -412,13 +399,14 @@ def remove_lora(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> nn.Module:
+def merge_lora(model: nn.Module, on_note: Callable[[str], object] = warnings.warn) -> nn.Module:
     """Make W + ΔW the model's own weights, summed in fp32 and rounded once; the model is plain again. Returns
     it.
 
     All or nothing: NumericError names every layer whose sum is not finite, and nothing has been changed then.
     A tied weight (embedding and head in one) is untied first, so that the other end keeps what it had, and
-    the configuration says so. It also remembers the adapter, so that `load_lora` does not put it in twice.
+    the configuration says so. It also remembers the adapter, so that `load_lora` does not put it in twice. Layers
+    whose storage cannot hold the sum (8 bits) become dense, of which `on_note` hears.
     """
     found = list(wrappers(model))
     if not found:
@@ -432,10 +420,15 @@ def merge_lora(model: nn.Module) -> nn.Module:
     owners: dict[int, set[str]] = defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].add(name)
-    untied = False
+    untied, thawed = False, []
     for name, layer in reversed(found):  # the inner ones first
         untied |= any(len(owners[id(parameter)]) > 1 for parameter in layer.base_layer.parameters())
-        model.set_submodule(name, layer.trained if isinstance(layer, TrainedCopy) else layer.write_merged())
+        plain = layer.trained if isinstance(layer, TrainedCopy) else layer.write_merged()
+        thawed += [name] if type(plain) is not type(layer.base_layer) else []
+        model.set_submodule(name, plain)
+    if thawed:
+        thawed.reverse()
+        on_note(f"merged into what their storage held, not into the original weights, and dense now: {listing(thawed)}")
     if untied:
         _declare_untied(model)
     note_merged(model, digest)

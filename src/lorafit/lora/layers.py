@@ -70,7 +70,8 @@ class LoraLinear(nn.Module):
 
     def start(self, W: Tensor, init: Init) -> None:
         """Make A and B and give them their first values; keep these where B·A is not 0."""
-        A, B = init(W, self.r, self.scale)
+        # By rows: AdamW's fused kernel goes through parameter and moments side by side, whatever their strides.
+        A, B = (factor.contiguous() for factor in init(W, self.r, self.scale))
         self.lora_A = _thin(A)
         self.lora_B = _thin(B)
         if init.start == "kept":
@@ -152,8 +153,7 @@ class LoraLinear(nn.Module):
 
     def write_merged(self) -> nn.Module:
         """Make the merged weight the base layer's own; returns the layer that has it."""
-        write_weight(self.base_layer, self.merged_weight())
-        return self.base_layer
+        return write_weight(self.base_layer, self.merged_weight())
 
     @property
     def weight(self) -> Tensor:

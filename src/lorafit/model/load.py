@@ -21,6 +21,7 @@ from transformers.utils import logging
 from lorafit.adapter.peft_format import load_lora
 from lorafit.errors import DiskError, ModelError, UsageError, listing, nearest
 from lorafit.files import new_folder
+from lorafit.model.storage import store
 
 DTYPES = {str(t).partition(".")[2]: t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 
@@ -32,12 +33,13 @@ def load_model(
     device: str | torch.device = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    storage: str = "dense",
     adapter: str | Path | None = None,
     force_base: bool = False,
 ) -> tuple[nn.Module, Any]:
     """The causal LM `name` (hub name, folder or .gguf file) ready for inference, and its tokenizer.
 
-    `adapter` is loaded on top; `force_base` as in `load_lora`.
+    `storage` "int8" keeps its linear layers in 8 bits. `adapter` is loaded on top; `force_base` as in `load_lora`.
     """
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
@@ -53,6 +55,7 @@ def load_model(
         )
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{name}: {len(missing)} weights are missing from its files: {listing(missing)}")
+    store(model, storage)
     if adapter is not None:
         load_lora(model, adapter, trainable=False, force_base=force_base)
     return model.eval(), tokenizer
@@ -82,6 +85,7 @@ def load_skeleton(
     device: str | torch.device = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    storage: str = "dense",
 ) -> nn.Module:
     """The model without its weights, on the meta device: for plans and counts that cost nothing."""
     precision = resolve_dtype(dtype, resolve_device(device))
@@ -92,7 +96,7 @@ def load_skeleton(
             model: nn.Module = AutoModelForCausalLM.from_config(
                 config, dtype=precision, trust_remote_code=trust_remote_code
             )
-    return model.eval()
+    return store(model.eval(), storage)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -1,4 +1,5 @@
-"""In which way the blocks of a model run while it is trained: on which kernels, compiled, computed twice.
+"""In which way the blocks of a model run while it is trained: on which kernels, compiled, computed twice, and
+without the gradients that nobody asks for.
 
 Each is undone afterwards, and none changes the result beyond rounding.
 """
@@ -9,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from lorafit.training.blocks import Note, checkpointed
 from lorafit.training.compiling import compiled
 from lorafit.training.kernels import fast_kernels
+from lorafit.training.rules import frozen_factors, without_gradient
 from lorafit.training.run import Run
 
 
@@ -16,6 +18,7 @@ from lorafit.training.run import Run
 def as_asked(run: Run, on_note: Note) -> Iterator[None]:
     """Inside the block of code, the run's model is trained as its settings ask."""
     with ExitStack() as stack:
+        stack.enter_context(without_gradient(frozen_factors(run.model, run.config.rule)))  # they are not stepped
         stack.enter_context(fast_kernels(run.model, on_note))
         if run.config.compile:
             passes = run.passes
