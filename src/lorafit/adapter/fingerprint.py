@@ -71,7 +71,7 @@ def _dense_weights(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tenso
     for name, layer in layers.items():
         for key, weight in (*layer.named_parameters(name), *layer.named_buffers(name)):
             plain = type(weight) in (nn.Parameter, Tensor) and not weight.is_meta and weight.dtype in DENSE
-            if plain and weight.numel() and key.endswith(("weight", "scales")):
+            if plain and weight.numel() and (key.endswith(("weight", "scales")) or weight.ndim == 3):
                 yield key, weight.detach()
 
 

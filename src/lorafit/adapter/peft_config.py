@@ -24,9 +24,11 @@ from lorafit.adapter.untrusted import explained, open_file, parse, plain, shown
 from lorafit.config import LoraConfig, Names
 from lorafit.errors import AdapterError, UsageError, nearest
 from lorafit.lora import inject
+from lorafit.lora.experts import expert_weights
 from lorafit.lora.inject import Plan
 from lorafit.lora.layers import VARIANTS, LoraLinear
 from lorafit.lora.tokens import base_embedding, base_head
+from lorafit.lora.weights import is_readable
 
 CONFIG = "adapter_config.json"
 LONGEST_FILE = 2**20
@@ -108,6 +110,7 @@ READ: dict[str, tuple[Any, Kind]] = {
     "rank_pattern": ({}, RANKS),
     "target_modules": (None, PATTERN),
     "trainable_token_indices": (None, TOKENS),
+    "target_parameters": (None, NAMES),
     "use_dora": (False, FLAG),
     "use_rslora": (False, FLAG),
 }
@@ -141,7 +144,6 @@ UNSUPPORTED: dict[str, Any] = {
     "lora_bias": False,
     "megatron_config": None,
     "monteclora_config": None,
-    "target_parameters": None,
     "use_bdlora": None,
     "use_qalora": False,
 }
@@ -202,7 +204,9 @@ def describe(model: nn.Module, plan: Plan, base_model: str | None) -> dict[str, 
     hf_config = getattr(model, "config", None)
     head = getattr(model, "get_output_embeddings", None)
     causal = callable(head) and head() is not None
-    names = [target.name for target in plan.targets]
+    key = _keys(plan, modules)
+    names = [name for name, said in key.items() if said == name and name in modules]
+    weights = [said for said in key.values() if said not in names]
     said = DEFAULTS | {
         "base_model_name_or_path": base_model or getattr(hf_config, "_name_or_path", None) or None,
         "fan_in_fan_out": any(isinstance(modules[name], Conv1D) for name in names),
@@ -210,9 +214,10 @@ def describe(model: nn.Module, plan: Plan, base_model: str | None) -> dict[str, 
         "lora_dropout": config.dropout,
         "modules_to_save": list(plan.trained) or None,
         "r": int(config.r),
-        "alpha_pattern": _disjoint({t.name: _number(t.alpha) for t in plan.targets}, _number(config.alpha)),
-        "rank_pattern": _disjoint({t.name: t.r for t in plan.targets}, config.r),
+        "alpha_pattern": _disjoint({key[t.name]: _number(t.alpha) for t in plan.targets}, _number(config.alpha)),
+        "rank_pattern": _disjoint({key[t.name]: t.r for t in plan.targets}, config.r),
         "target_modules": _endings_or_regex(names, [n for n in modules if n not in plan.trained]),
+        "target_parameters": _endings(weights, _parameter_names(modules)) or None,
         "task_type": "CAUSAL_LM" if causal else None,
         "trainable_token_indices": _token_field(model, plan, modules),
         "use_dora": config.variant == "dora",
@@ -236,6 +241,15 @@ def in_pefts_words(plan: Plan) -> Plan:
             f"variant '{plan.config.variant}' is not W + s·B·A: PEFT's format has no words for it; merge it instead"
         )
     return replace(plan, config=replace(plan.config, variant="lora"))
+# In a model with stacks of experts PEFT 0.21 takes these for the experts of older checkpoints, wherever they are.
+OLD_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def _keys(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """What PEFT has to call the targets: a layer by its weight where it would take the name for another's."""
+    plain_lora = plan.config.variant == "lora" and not plan.config.dropout
+    mistaken = {n for n in modules if _last(n) in OLD_EXPERTS} if plain_lora and expert_weights(modules) else set()
+    return {t.name: f"{t.name}.weight" if t.name in mistaken else t.name for t in plan.targets}
 
 
 def widened(plan: Plan, names: Collection[str]) -> Plan:
@@ -311,6 +325,13 @@ def _endings_or_regex(names: Collection[str], modules: Iterable[str]) -> list[st
     return sorted(chosen)
 
 
+def _endings(names: Collection[str], known: Iterable[str]) -> list[str]:
+    """A short list of name endings that matches exactly `names` among `known`; PEFT has no patterns for these."""
+    others = {tail for name in set(known) - set(names) for tail in _tails(name)}
+    shortest = [next((tail for tail in reversed([*_tails(name)]) if tail not in others), name) for name in names]
+    return sorted(set(shortest))
+
+
 def _disjoint(values: Mapping[str, float], default: float) -> dict[str, float]:
     """Disjoint keys for the layers whose value differs: a name ending where all layers with it agree, else
     full names.
@@ -352,12 +373,17 @@ def plan_for(model: nn.Module, raw: Mapping[str, Any], tensors: Collection[str],
     """
     modules = inject.plain_modules(model)
     layers = raw["layers_to_transform"]
+    entries = set(raw["target_parameters"] or [])
+    weights = [name for name in _parameter_names(modules) if not entries.isdisjoint(_tails(name))]
+    # The weight of a linear layer is that layer.
+    key = {n.removesuffix(".weight"): n for n in weights if is_readable(modules[n.rpartition(".")[0]])}
     try:
         config = LoraConfig(
             r=raw["r"],
             alpha=raw["lora_alpha"],
             dropout=raw["lora_dropout"],
-            targets=_targets(raw["target_modules"], modules, tensors),
+            targets=_targets(raw["target_modules"], modules, tensors, key),
+            parameters=tuple(name for name in weights if name not in key.values()),
             exclude=_exactly(_named("exclude_modules", raw["exclude_modules"] or [], modules), modules),
             layers=None if layers in (None, []) else tuple(layers) if isinstance(layers, list) else (layers,),
             variant="dora" if raw["use_dora"] else "lora",
@@ -365,7 +391,8 @@ def plan_for(model: nn.Module, raw: Mapping[str, Any], tensors: Collection[str],
             train_modules=_trained(raw["modules_to_save"] or [], modules, tensors),
             **_tokens(model, raw["trainable_token_indices"], modules),
         )
-        names = [target.name for target in inject.find_targets(model, config, strict=False).targets]
+        found = inject.find_targets(model, config, strict=False).targets
+        names = {target.name: key.get(target.name, target.name) for target in found}
         config = replace(
             config,
             rank_pattern=_spelled_out("rank_pattern", raw["rank_pattern"], names, raw["r"]),
@@ -376,7 +403,10 @@ def plan_for(model: nn.Module, raw: Mapping[str, Any], tensors: Collection[str],
         raise AdapterError(f"{where}: {CONFIG} does not fit this model: {plain(error)}") from error
 
 
-def _targets(value: str | list[str] | None, modules: Collection[str], tensors: Collection[str]) -> Names:
+def _targets(
+    value: str | list[str] | None, modules: Collection[str], tensors: Collection[str], more: Iterable[str]
+) -> Names:
+    """The layers that `target_modules` names, and `more`."""
     if isinstance(value, str) and value.lower() == "all-linear":
         return value
     if value is not None:
@@ -384,11 +414,15 @@ def _targets(value: str | list[str] | None, modules: Collection[str], tensors: C
             found = _named("target_modules", value, modules)
             if value and not found:
                 raise UsageError(f"target_modules={shown(value)} names no layer of it")
-            return _exactly(found, modules)
+            return _exactly([*found, *more], modules)
     # For None PEFT looks in a table of model types; the tensors themselves know better. They also know what a pattern
     # stands for that RE2 cannot take.
     held = dict.fromkeys(key.split(".lora_")[0] for key in tensors if ".lora_" in key)
     return _exactly([name for name in held if name in modules], modules)
+
+
+def _parameter_names(modules: Mapping[str, nn.Module]) -> list[str]:
+    return [name for module, found in modules.items() for name, _ in found.named_parameters(module, recurse=False)]
 
 
 def _named(field: str, value: str | list[str], modules: Iterable[str]) -> list[str]:
@@ -428,13 +462,16 @@ def _tokens(model: nn.Module, value: Any, modules: Mapping[str, nn.Module]) -> d
     return {"train_tokens": tuple(ids), "token_layers": tuple(found)}
 
 
-def _spelled_out(field: str, pattern: Mapping[str, Any], names: list[str], default: float) -> dict[str, Any]:
-    """PEFT takes the first key that matches, in the file's order: the outcome, one full name per layer."""
+def _spelled_out(field: str, pattern: Mapping[str, Any], names: Mapping[str, str], default: float) -> dict[str, Any]:
+    """PEFT takes the first key that matches, in the file's order: the outcome, one full name per layer.
+
+    `names` gives for our name the one that PEFT matches.
+    """
     if not pattern:
         return {}
     values = list(pattern.values())
-    first = _first_matches(field, list(pattern), names, r"(.*\.)?(KEY)$")
-    return {name: values[first[name]] if name in first else default for name in names}
+    first = _first_matches(field, list(pattern), names.values(), r"(.*\.)?(KEY)$")
+    return {name: values[first[said]] if said in first else default for name, said in names.items()}
 
 
 # --- patterns from a file -------------------------------------------------------------------------

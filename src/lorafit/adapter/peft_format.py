@@ -42,7 +42,7 @@ from lorafit.lora import inject
 from lorafit.lora.identity import adapter_digest, merged_digests
 from lorafit.lora.inits import BLANK, BLANK_KEPT, Init, factor_dtype, find_init
 from lorafit.lora.inject import Plan
-from lorafit.lora.layers import LoraLinear, formula, scale_of
+from lorafit.lora.layers import LoraLinear, scale_of
 from lorafit.lora.tokens import KEY, ROWS, enlarge
 from lorafit.lora.weights import read_weight
 
@@ -186,7 +186,7 @@ def _with_starts(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> di
 def _narrowed(model: nn.Module, plan: Plan, init: Any, folder: Path) -> Plan:
     """The plan whose layers have a kept start and are, in the file, the pairs of twice the rank that `plan` names."""
     modules = inject.plain_modules(model)
-    kept = [t.name for t in plan.targets if not isinstance(modules[t.name], nn.Embedding)]
+    kept = [t.name for t in plan.targets if t.parameter is None and not isinstance(modules[t.layer], nn.Embedding)]
     if odd := [t.name for t in plan.targets if t.name in kept and t.r % 2] or ([CONFIG] if plan.config.r % 2 else []):
         raise AdapterError(f"{folder}: its note says that a start is kept, but an odd rank has none: {listing(odd)}")
     plan = narrowed(plan, kept)
@@ -225,11 +225,11 @@ def _needed(model: nn.Module, plan: Plan) -> dict[str, _Slot]:
     """Every tensor that model and configuration call for, by plain name."""
     modules = inject.plain_modules(model)
     slots = {}
-    for target in plan.targets:
-        layer = modules[target.name]
-        kind = formula(layer, plan.config.variant)
-        for key, shape in kind.tensor_shapes(*target.shape, target.r).items():
-            slots[f"{target.name}.{key}"] = _Slot(shape, factor_dtype(read_weight(layer)))
+    for target, wrapper in inject.wrapper_names(plan):
+        layer = modules[target.layer]
+        weight = read_weight(layer) if target.parameter is None else layer.get_parameter(target.parameter)
+        for key, shape in inject.tensor_shapes(target, layer, plan.config.variant).items():
+            slots[f"{wrapper}.{key}"] = _Slot(shape, factor_dtype(weight))
     for name, ids in plan.tokens.items():
         matrix = modules[name].get_parameter("weight")  # (vocab, dim) in both kinds of layer
         slots[f"{name}.{KEY}"] = _Slot((len(ids), matrix.shape[1]), factor_dtype(matrix))

@@ -64,7 +64,11 @@ class LoraLinear(nn.Module):
         for parameter in base_layer.parameters():
             parameter.requires_grad_(False)
         with torch.no_grad():
-            self.start(read_weight(base_layer), find_init(init) if isinstance(init, str) else init)
+            self.start(self.base_weight(), find_init(init) if isinstance(init, str) else init)
+
+    def base_weight(self) -> Tensor:
+        """W, (out, in)."""
+        return read_weight(self.base_layer)
 
     def start(self, W: Tensor, init: Init) -> None:
         """Make A and B and give them their first values; keep these where B·A is not 0."""
@@ -85,6 +89,10 @@ class LoraLinear(nn.Module):
         """A (r, in) and B (out, r): what is trained."""
         return self.lora_A.weight, self.lora_B.weight
 
+    def matrices(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors of the factors' shapes, their gradients say, as what is multiplied: here as they are."""
+        return A, B
+
     @property
     def kept(self) -> bool:
         """Whether B·A did not start at 0, so that the start (A0, B0) is kept and the difference to it learned."""
@@ -103,13 +111,13 @@ class LoraLinear(nn.Module):
         """
         A, B = self.factors
         if self.lora_A0 is None or self.lora_B0 is None:
-            return A, B
+            return self.matrices(A, B)
         return torch.cat([A, A - self.lora_A0]), torch.cat([B - self.lora_B0, self.lora_B0], dim=1)
 
     def moved(self) -> bool:
         """Whether ΔW is anything but 0."""
         A, B = self.update
-        return bool((A.any(dim=1) & B.any(dim=0)).any())
+        return bool((A.any(dim=-1) & B.any(dim=-2)).any())
 
     def saved(self) -> dict[str, Tensor]:
         """The adapter's tensors as a file holds them, by their names below the layer's own: A', B' for A, B."""
@@ -139,7 +147,7 @@ class LoraLinear(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """W + s·B·A, summed in fp32 and rounded once to W's dtype, (out, in)."""
-        W = read_weight(self.base_layer)
+        W = self.base_weight()
         return (W.to(factor_dtype(W)) + self.delta()).to(W.dtype)
 
     def write_merged(self) -> nn.Module:
