@@ -188,25 +188,33 @@ def _problem(name: str, value: Any) -> str | None:
 
 def describe(model: nn.Module, plan: Plan, base_model: str | None) -> dict[str, Any]:
     """The fields that say in PEFT's words what `plan` did to `model`."""
-    config = plan.config
     modules = inject.plain_modules(model)
     hf_config = getattr(model, "config", None)
     head = getattr(model, "get_output_embeddings", None)
     causal = callable(head) and head() is not None
     names = [target.name for target in plan.targets]
+    return fields(
+        plan,
+        base_model_name_or_path=base_model or getattr(hf_config, "_name_or_path", None) or None,
+        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in names),
+        target_modules=endings_or_regex(names, [n for n in modules if n not in plan.trained]),
+        task_type="CAUSAL_LM" if causal else None,
+    )
+
+
+def fields(plan: Plan, **known: Any) -> dict[str, Any]:
+    """Every field for `plan`; `known` are those that only the model, or the file that it was read from, can tell."""
+    config = plan.config
     said = DEFAULTS | {
-        "base_model_name_or_path": base_model or getattr(hf_config, "_name_or_path", None) or None,
-        "fan_in_fan_out": any(isinstance(modules[name], Conv1D) for name in names),
         "lora_alpha": _number(config.alpha),
         "lora_dropout": config.dropout,
         "modules_to_save": list(plan.trained) or None,
         "r": int(config.r),
         "alpha_pattern": _disjoint({t.name: _number(t.alpha) for t in plan.targets}, _number(config.alpha)),
         "rank_pattern": _disjoint({t.name: t.r for t in plan.targets}, config.r),
-        "target_modules": _endings_or_regex(names, [n for n in modules if n not in plan.trained]),
-        "task_type": "CAUSAL_LM" if causal else None,
         "use_dora": config.variant == "dora",
         "use_rslora": bool(config.rslora),
+        **known,
     }
     if problem := next(filter(None, (_problem(*field) for field in said.items())), None):
         raise UsageError(f"this adapter cannot be saved in PEFT's format: {problem}")
@@ -231,12 +239,12 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _endings_or_regex(names: Collection[str], modules: Iterable[str]) -> list[str] | str:
+def endings_or_regex(names: Collection[str], modules: Iterable[str]) -> list[str] | str:
     """The shortest list of name endings that matches exactly `names` among `modules`, by PEFT's rule."""
     others = set(modules) - set(names)
     shared = {_last(name) for name in others}
     chosen = {name if _last(name) in shared else _last(name) for name in names}
-    if any(not chosen.isdisjoint(_tails(name)) for name in others):
+    if any(not chosen.isdisjoint(tails(name)) for name in others):
         return "|".join(re.escape(name) for name in sorted(names))  # a full name that also ends another one
     return sorted(chosen)
 
@@ -264,7 +272,7 @@ def _last(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _tails(name: str) -> Iterator[str]:
+def tails(name: str) -> Iterator[str]:
     """`a.b.c`, `b.c`, `c`"""
     yield name
     while "." in name:
@@ -325,12 +333,12 @@ def _named(field: str, value: str | list[str], modules: Iterable[str]) -> list[s
     if isinstance(value, str):
         return list(_first_matches(field, [value], modules))
     entries = set(value)
-    return [name for name in modules if not entries.isdisjoint(_tails(name))]
+    return [name for name in modules if not entries.isdisjoint(tails(name))]
 
 
 def _exactly(names: Collection[str], modules: Iterable[str]) -> Names:
     """`names` and no other of `modules`, in the words of LoraConfig; nothing in them is a pattern from a file."""
-    said = _endings_or_regex(names, modules)
+    said = endings_or_regex(names, modules)
     return f"(?:{said})" if isinstance(said, str) else tuple(said)
 
 
@@ -339,6 +347,12 @@ def _trained(endings: list[str], modules: Mapping[str, nn.Module], tensors: Coll
     ending = [name for name in modules if name.endswith(tuple(endings))]
     held = [name for name in ending if any(f"{name}.{key}" in tensors for key in modules[name].state_dict())]
     return tuple(held or ending)
+
+
+def patterned(field: str, raw: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """The rank or alpha of each of the layers `names`: `field` is rank_pattern or alpha_pattern."""
+    default = raw["r" if field == "rank_pattern" else "lora_alpha"]
+    return dict.fromkeys(names, default) | _spelled_out(field, raw[field], names, default)
 
 
 def _spelled_out(field: str, pattern: Mapping[str, Any], names: list[str], default: float) -> dict[str, Any]:

@@ -12,10 +12,11 @@ and copied only into A, B and the modules trained in full.
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os.path import isfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,19 +56,26 @@ def save_lora(model: nn.Module, path: str | Path, base_model: str | None = None)
     found = inject.attached(model)
     if found is None:
         raise UsageError("there is no adapter in this model to save")
-    state = inject.adapter_state(model)
-    tensors = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    if strange := [name for name in tensors if not NAME.fullmatch(name)]:
-        raise UsageError(f"a name in a file is of printable ASCII without blanks, not {listing(map(shown, strange))}")
-    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise NumericError(f"NaN or infinity in {listing(bad)}; nothing was written")
     base = base_fingerprint(model, inject.adapted_layers(model, found.plan))
-    note = json.dumps({"base": base, "config": meaning(found.plan)}, sort_keys=True, separators=(",", ":"))
-    target = Path(path)
-    with new_folder(target, replaces=(WEIGHTS, CONFIG, "README.md")) as folder:
-        write_tensors(folder / WEIGHTS, tensors, about={NOTE: note})
-        write_json(folder / CONFIG, describe(model, found.plan, base_model))
-    return target
+    said = describe(model, found.plan, base_model)
+    return write_adapter(Path(path), inject.adapter_state(model), found.plan, said, base)
+
+
+def write_adapter(
+    path: Path, tensors: Mapping[str, Tensor], plan: Plan, said: Mapping[str, Any], base: Mapping[str, Any] | None
+) -> Path:
+    """Write an adapter folder: `tensors` by plain name, the configuration `said`, the fingerprint of the `base`."""
+    named = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    if strange := [name for name in named if not NAME.fullmatch(name)]:
+        raise UsageError(f"a name in a file is of printable ASCII without blanks, not {listing(map(shown, strange))}")
+    if bad := [name for name, tensor in named.items() if not tensor.isfinite().all()]:
+        raise NumericError(f"NaN or infinity in {listing(bad)}; nothing was written")
+    known = {"config": meaning(plan)} | ({} if base is None else {"base": base})
+    note = json.dumps(known, sort_keys=True, separators=(",", ":"))
+    with new_folder(path, replaces=(WEIGHTS, CONFIG, "README.md")) as folder:
+        write_tensors(folder / WEIGHTS, named, about={NOTE: note})
+        write_json(folder / CONFIG, said)
+    return path
 
 
 def unload_lora(model: nn.Module, path: str | Path | None = None) -> None:
@@ -102,13 +110,7 @@ def load_lora(model: nn.Module, path: str | Path, *, trainable: bool = True, for
 
 def _read(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[str, Tensor]]:
     """What to do to `model`, and with which values; AdapterError before anything is done. Changes nothing."""
-    if not isfile(folder / WEIGHTS) and isfile(folder / "adapter_model.bin"):
-        raise AdapterError(
-            f"{folder}: adapter_model.bin is a pickle, which lorafit never opens: load it in PEFT and "
-            "save it again with save_pretrained, which writes safetensors"
-        )
-    with open_weights(folder / WEIGHTS) as file:
-        entries = _by_plain_name(file)
+    with open_adapter(folder) as (file, entries):
         plan = plan_for(model, read_config(folder), entries, folder)
         needed, copies = _needed(model, plan), _copies(model, plan)
         _check_header(needed, entries, copies, folder)
@@ -124,6 +126,18 @@ def _read(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[
     if merged and adapter_digest(tensors) in merged:
         raise AdapterError(f"{folder}: already merged into this model: load it on the model it was trained on")
     return plan, tensors
+
+
+@contextmanager
+def open_adapter(folder: Path) -> Iterator[tuple[WeightsFile, dict[str, Entry]]]:
+    """The weights of the adapter in `folder`, header checked, and what they hold by plain name."""
+    if not isfile(folder / WEIGHTS) and isfile(folder / "adapter_model.bin"):
+        raise AdapterError(
+            f"{folder}: adapter_model.bin is a pickle, which lorafit never opens: load it in PEFT and "
+            "save it again with save_pretrained, which writes safetensors"
+        )
+    with open_weights(folder / WEIGHTS) as file:
+        yield file, _by_plain_name(file)
 
 
 def _by_plain_name(file: WeightsFile) -> dict[str, Entry]:
@@ -195,6 +209,24 @@ def _check_header(
 
 def _check_origin(model: nn.Module, plan: Plan, file: WeightsFile, force_base: bool) -> None:
     """What only files of ours can tell: that they are what was saved, together, and on this base."""
+    note = read_note(file, plan)
+    if force_base or "base" not in note:
+        return
+    with explained(file.path, f"intact: its metadata '{NOTE}' cannot be read"):
+        difference = other_base(note["base"], model, inject.adapted_layers(model, plan))
+    if difference:
+        raise other_base_error(file.path.parent, difference)
+
+
+def other_base_error(folder: Path, difference: str) -> AdapterError:
+    return AdapterError(
+        f"{folder}: made on another base model ({difference}): "
+        "load it on its own, or with force_base (--force-base) if you know that it fits"
+    )
+
+
+def read_note(file: WeightsFile, plan: Plan) -> dict[str, Any]:
+    """What a file of ours says about itself, {} for others; AdapterError if it is not what was saved, and together."""
     folder, ours = file.path.parent, NOTE in file.metadata
     broken = damaged(folder, [WEIGHTS])
     if broken and (ours or read_manifest(folder) is not None):  # else another program has a manifest.json, too
@@ -203,19 +235,14 @@ def _check_origin(model: nn.Module, plan: Plan, file: WeightsFile, force_base: b
             f"or delete {MANIFEST} if it was changed on purpose"
         )
     if not ours:
-        return
+        return {}
     with explained(file.path, f"intact: its metadata '{NOTE}' cannot be read"):
         note = parse(file.metadata[NOTE].encode())
         if not isinstance(note, dict):
             raise ValueError("no object")
-        difference = other_base(note.get("base"), model, inject.adapted_layers(model, plan))
     if note.get("config") != meaning(plan):
         raise AdapterError(f"{folder}: {CONFIG} and {WEIGHTS} do not come from one save: take both from the same one")
-    if difference and not force_base:
-        raise AdapterError(
-            f"{folder}: made on another base model ({difference}): "
-            "load it on its own, or with force_base (--force-base) if you know that it fits"
-        )
+    return note
 
 
 def _finite(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -29,12 +29,17 @@ from lorafit.lora.weights import read_weight
 TINY = 1e-30  # a squared norm below this is a row of zeros
 
 
+def scale_of(r: int, alpha: float, rslora: bool) -> float:
+    """s = alpha / r, or alpha / √r with `rslora` (Kalajdzievski 2023, arXiv:2312.03732)."""
+    return alpha / r**0.5 if rslora else alpha / r
+
+
 class LoraLinear(nn.Module):
     """y = W x + b + s·B·A·dropout(x)        x (…, in)   W (out, in)   A (r, in)   B (out, r)
 
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
-    s = alpha / r, or alpha / √r with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
-    `base_layer` is an nn.Linear, a transformers Conv1D, or anything registered in `weights.py`.
+    s = `scale_of(r, alpha, rslora)`. `base_layer` is an nn.Linear, a transformers Conv1D, or anything registered in
+    `weights.py`.
     """
 
     def __init__(
@@ -53,7 +58,7 @@ class LoraLinear(nn.Module):
         self.base_layer = base_layer
         self.r = r
         self.alpha = alpha
-        self.scale = alpha / r**0.5 if rslora else alpha / r
+        self.scale = scale_of(r, alpha, rslora)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.enabled = True
         for parameter in base_layer.parameters():
