@@ -31,7 +31,7 @@ def base_fingerprint(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[
     Weights that are not plain floating-point numbers (quantised, sharded, on the meta device) are left out.
     """
     weights = dict(_dense_weights(layers))
-    values = {name: _packed(_sample(weights[name], VALUES)) for name in _spread(list(weights), LAYERS)}
+    values = {name: _packed(_sample(weights[name], VALUES)) for name in spread(list(weights), LAYERS)}
     return {"facts": _facts(model), "values": values}
 
 
@@ -91,7 +91,7 @@ def _dense_weights(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tenso
                 yield key, weight.detach()
 
 
-def _spread(names: list[str], count: int) -> Iterable[str]:
+def spread(names: list[str], count: int) -> Iterable[str]:
     """`count` of `names`, the first, the last and evenly between."""
     last = len(names) - 1
     return names if last < count else [names[i * last // (count - 1)] for i in range(count)]

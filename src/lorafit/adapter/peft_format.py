@@ -96,7 +96,7 @@ def load_lora(model: nn.Module, path: str | Path, *, trainable: bool = True, for
     tensor; the model is unchanged then, and the base weights are in any case. So it does if the adapter was made
     on another base (unless `force_base`), is already merged into this one, or is not what was saved.
     """
-    plan, tensors = _read(model, Path(path), force_base)
+    plan, tensors = read_for(model, Path(path), force_base)
     inject.remove_lora(model)
     with torch.random.fork_rng(devices=[]):  # the start of A and B is overwritten: leave the caller's random numbers be
         inject.execute(model, plan)
@@ -108,7 +108,7 @@ def load_lora(model: nn.Module, path: str | Path, *, trainable: bool = True, for
     return plan
 
 
-def _read(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[str, Tensor]]:
+def read_for(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[str, Tensor]]:
     """What to do to `model`, and with which values; AdapterError before anything is done. Changes nothing."""
     with open_adapter(folder) as (file, entries):
         plan = plan_for(model, read_config(folder), entries, folder)

@@ -7,7 +7,7 @@ only the model can tell (is this a layer of it, is it the right base?) is asked 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,15 +169,25 @@ def write_stored(path: str | Path, pairs: Mapping[str, Pair], sources: Sequence[
     which there may be those of one source. `known` are fields of the configuration that are to be otherwise.
     """
     first = sources[0]
-    ranks = {name: pair.r for name, pair in pairs.items()}
-    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    plainly = {"r": usual, "lora_alpha": usual, "use_dora": False, "use_rslora": False}
-    config = {**first.config, **plainly}
-    plan = _plan(config, {n: p.shape for n, p in pairs.items()}, ranks, ranks, _modules(first.trained, config))
+    config = LoraConfig(dropout=first.config["lora_dropout"])
+    plan = plan_for_pairs(pairs, config, _modules(first.trained, first.config))
     kept = {name: first.config[name] for name in ("base_model_name_or_path", "revision", "fan_in_fan_out", "task_type")}
     said = fields(plan, **{**kept, "target_modules": _target_names(list(pairs), sources), **known})
-    tensors = {f"{n}.{key}": t for n, p in pairs.items() for key, t in zip(NAMES[p.embedding], (p.A, p.B), strict=True)}
-    return write_adapter(Path(path), tensors | dict(first.trained), plan, said, joint_base(sources, force=True))
+    tensors = pair_tensors(pairs) | dict(first.trained)
+    return write_adapter(Path(path), tensors, plan, said, joint_base(sources, force=True))
+
+
+def plan_for_pairs(pairs: Mapping[str, Pair], config: LoraConfig, trained: Sequence[str]) -> Plan:
+    """Plain LoRA with the ranks of `pairs` and scale 1."""
+    usual = Counter(pair.r for pair in pairs.values()).most_common(1)[0][0] if pairs else 1
+    config = replace(config, r=usual, alpha=float(usual), variant="lora", rslora=False)
+    targets = tuple(Target(name, pair.r, float(pair.r), pair.shape) for name, pair in pairs.items())
+    return Plan(config, targets, tuple(trained), {}, 0, 0)
+
+
+def pair_tensors(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
+    """The tensors of `pairs` by their plain names in a file."""
+    return {f"{n}.{key}": t for n, p in pairs.items() for key, t in zip(NAMES[p.embedding], (p.A, p.B), strict=True)}
 
 
 def joint_base(sources: Sequence[Stored], *, force: bool = False) -> dict[str, Any] | None:
