@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import errors as hub
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -93,6 +94,18 @@ def load_skeleton(
                 config, dtype=precision, trust_remote_code=trust_remote_code
             )
     return model.eval()
+
+
+def model_folder(name: str | Path, *, revision: str | None = None) -> Path:
+    """The folder with the safetensors files of the model `name`, fetched from the hub if it is not one here."""
+    where, options = _source(name, revision, trust_remote_code=False)
+    if "gguf_file" in options:
+        raise ModelError(f"{name}: a GGUF file; this needs the model's weights in safetensors")
+    if Path(where).is_dir():
+        return Path(where)
+    with _explained(name, "files"):
+        wanted = ["*.json", "model*.safetensors"]
+        return Path(snapshot_download(where, revision=revision, allow_patterns=wanted))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
