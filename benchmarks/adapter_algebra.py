@@ -31,7 +31,8 @@ def seconds(work: Callable[[], Any], times: int) -> tuple[float, Any]:
 
 def full_svd(delta: torch.Tensor, rank: int) -> torch.Tensor:
     U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-    return U[:, :rank] * S[:rank] @ Vh[:rank]
+    nearest: torch.Tensor = U[:, :rank] * S[:rank] @ Vh[:rank]
+    return nearest
 
 
 def main() -> None:

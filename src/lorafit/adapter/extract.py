@@ -19,7 +19,7 @@ from lorafit.adapter.shards import Shards, find, load_on, open_shards, real_laye
 from lorafit.adapter.stored import pair_tensors, plan_for_pairs
 from lorafit.config import LoraConfig, Names
 from lorafit.errors import ModelError, NumericError, listing
-from lorafit.lora.inject import Plan, find_targets
+from lorafit.lora.inject import find_targets
 from lorafit.lora.weights import read_weight
 
 
@@ -109,7 +109,7 @@ def nearest_plain(
     rank: int | None,
     energy: float | None,
     force_base: bool = False,
-) -> tuple[Plan, dict[str, Cut]]:
+) -> dict[str, Cut]:
     """For every layer of a DoRA adapter the plain LoRA that comes nearest to it on its base, and what that loses.
 
     ΔW = m ⊙ (W + s·B·A) / ‖W + s·B·A‖ − W has the rank of W.
@@ -123,4 +123,4 @@ def nearest_plain(
             with torch.no_grad():
                 delta = with_adapter(layer, target, plan, tensors).merged_weight() - read_weight(layer)
             cuts[target.name] = best(delta, rank, energy, isinstance(layer, nn.Embedding))
-    return plan, cuts
+    return cuts

@@ -73,7 +73,11 @@ def _difference(
 
 
 def _facts(model: nn.Module) -> dict[str, str | int | float]:
-    config: Any = getattr(model, "config", None)
+    return facts_of(getattr(model, "config", None))
+
+
+def facts_of(config: Any) -> dict[str, str | int | float]:
+    """What a model's configuration says about its architecture."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = {name: getattr(config, name, None) for name in FACTS}
     return {name: SAME.get(str(v), v) for name, v in found.items() if isinstance(v, str | int | float)}

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from lorafit.app.common import OutConfig, make_console, need, source
 from lorafit.app.options import bare
 from lorafit.config import ModelConfig, Names, knob
+from lorafit.errors import AdapterError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,22 @@ class ExtractConfig:
     tuned: str = knob("", "the fine-tuned model: hub name or folder")
     targets: Names = knob("all-linear", "which layers, as for train")
     train_modules: tuple[str, ...] = knob((), "modules to take over in full, by name ending: norm, lm_head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The other program"""
+
+    to: Literal["peft", "vllm", "mlx", "gguf"] | None = knob(
+        None, "peft; vllm and other servers that read PEFT's folder; mlx (mlx-lm); gguf (llama.cpp)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """The other program"""
+
+    for_: Literal["peft", "vllm", "sglang", "llama.cpp", "tgi"] | None = knob(None, "the program to serve it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,3 +119,46 @@ def diff(two: DiffConfig) -> None:
     from lorafit.adapter.algebra import diff_adapters
 
     print(diff_adapters(two.adapter, two.other))
+
+
+@bare("adapter")
+def export(model: ModelConfig, what: ExportConfig, keep: KeepConfig, out: OutConfig) -> None:
+    """Write an adapter for another program: scale folded in, one rank, no patterns; --model where the base is asked."""
+    need("export", adapter=model.adapter, to=what.to, out=out.out)
+    assert model.adapter is not None
+    assert what.to is not None
+    from lorafit.adapter.export import export_adapter
+    from lorafit.adapter.extract import nearest_plain
+    from lorafit.adapter.fingerprint import facts_of
+    from lorafit.adapter.stored import read_stored
+    from lorafit.model.load import load_config, load_skeleton, model_folder
+
+    settings: dict[str, Any] = {"rank": keep.rank, "energy": keep.energy}
+    if model.model:
+        config = load_config(**source(model))
+        tied = getattr(config, "tie_word_embeddings", None)
+        settings |= {"facts": {**facts_of(config), "tie_word_embeddings": tied}, "base_model": model.model}
+        if (keep.rank or keep.energy) and read_stored(model.adapter).magnitudes:
+            folder = model_folder(model.model, revision=model.revision)
+            skeleton = load_skeleton(**source(model), dtype="float32")
+            kept: dict[str, Any] = {"rank": keep.rank, "energy": keep.energy, "force_base": model.force_base}
+            settings["plain"] = nearest_plain(skeleton, folder, model.adapter, **kept)
+    make_console().print(str(export_adapter(model.adapter, what.to, out.out, **settings)))
+
+
+@bare("adapter")
+def check(adapter: AdapterConfig, program: CheckConfig) -> None:
+    """Say what another program will reject or ignore in an adapter, each with its source; exit code 5 if anything."""
+    need("check", adapter=adapter.adapter, **{"for": program.for_})
+    assert program.for_ is not None
+    from lorafit.adapter.check import check_adapter
+
+    findings = check_adapter(adapter.adapter, program.for_)
+    for finding in findings:
+        print(finding)
+    if wrong := [finding for finding in findings if finding.verdict != "needs"]:
+        raise AdapterError(
+            f"{adapter.adapter}: {program.for_} would not run it as trained ({len(wrong)} findings): "
+            "lorafit export writes it so that it does"
+        )
+    print(f"{adapter.adapter}: {program.for_} takes it" + (", given what it needs" if findings else ""))

@@ -271,6 +271,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "resize": adapters.resize,
     "extract": adapters.extract,
     "diff": adapters.diff,
+    "export": adapters.export,
+    "check": adapters.check,
 }
 
 # --- what they share ---------------------------------------------------------------------------------

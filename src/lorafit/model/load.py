@@ -76,6 +76,13 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, replaces: Iterabl
             raise DiskError(f"{folder}: cannot be written: {_one_line(error)}") from error
 
 
+def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's configuration alone."""
+    where, options = _source(name, revision, trust_remote_code)
+    with _explained(name, "model"):
+        return AutoConfig.from_pretrained(where, **options)
+
+
 def load_skeleton(
     name: str | Path,
     *,
@@ -86,13 +93,11 @@ def load_skeleton(
 ) -> nn.Module:
     """The model without its weights, on the meta device: for plans and counts that cost nothing."""
     precision = resolve_dtype(dtype, resolve_device(device))
-    where, options = _source(name, revision, trust_remote_code)
-    with _explained(name, "model"):
-        config = AutoConfig.from_pretrained(where, **options)
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=precision, trust_remote_code=trust_remote_code
-            )
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    with _explained(name, "model"), torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=precision, trust_remote_code=trust_remote_code
+        )
     return model.eval()
 
 
