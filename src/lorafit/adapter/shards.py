@@ -85,18 +85,19 @@ def real_layer(skeleton: nn.Module, name: str, shards: Shards, dtype: torch.dtyp
 def find(skeleton: nn.Module, name: str, shards: Shards) -> str | None:
     """Under which name the files hold a tensor of the model: its own, without the outer prefix, or that of a twin."""
     prefix = getattr(skeleton, "base_model_prefix", "")
-    for known in (name, name.removeprefix(f"{prefix}."), *twins(skeleton, name)):
+    for known in (name, name.removeprefix(f"{prefix}.")):
         if known in shards.entries:
             return known
-    return None
+    return next((twin for twin in ties(skeleton).get(name, ()) if twin in shards.entries), None)
 
 
-def twins(model: nn.Module, name: str) -> list[str]:
-    """The other names of a tied parameter."""
+def ties(model: nn.Module) -> dict[str, list[str]]:
+    """For every name of a tied parameter its other names."""
     owners: dict[int, list[str]] = {}
-    for other, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(other)
-    return next(([other for other in names if other != name] for names in owners.values() if name in names), [])
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    tied = [names for names in owners.values() if len(names) > 1]
+    return {name: [other for other in names if other != name] for names in tied for name in names}
 
 
 def with_adapter(layer: nn.Module, target: Target, plan: Plan, tensors: Mapping[str, Tensor]) -> LoraLinear:

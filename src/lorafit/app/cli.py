@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from lorafit.app import adapters, options, signals
+from lorafit.app import adapters, merging, options, signals
 from lorafit.app.common import OutConfig, base, make_console, need, say, source, with_adapter
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict, knob
 from lorafit.errors import Interrupted, LorafitError, ModelError, UsageError, nearest
@@ -203,27 +202,6 @@ def chat(model: ModelConfig, talk: TalkConfig, answers: AnswerConfig) -> None:
             messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
-def merge(model: ModelConfig, out: OutConfig) -> None:
-    """Add the adapter to the weights and save a plain model folder that needs no lorafit."""
-    need("merge", model=model.model, adapter=model.adapter, out=out.out)
-    from lorafit.files import check_replaceable, need_space
-    from lorafit.lora.inject import merge_lora
-    from lorafit.model.compare import compare, probe
-    from lorafit.model.load import load_model, save_model
-
-    check_replaceable(out.out, replaces=())
-    net: Any
-    net, tokenizer = load_model(**with_adapter(model))
-    need_space(Path(out.out), sum(p.nbytes for p in net.parameters()))
-    before = probe(net, tokenizer)
-    merge_lora(net)
-    difference = compare(before, probe(net, tokenizer, like=before))
-    save_model(net, tokenizer, out.out, replaces=())
-    console = make_console()
-    console.print(f"adapter and merged model on {len(before.rows)} prompts: {difference}")
-    console.print(f"merged model {out.out}, in {net.dtype} (--dtype for another precision)")
-
-
 def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedConfig, show: ShowConfig) -> None:
     """Show what would be trained, and on which tokens, before any compute; with --data alone: check the rows."""
     if data.data and not model.model:
@@ -265,7 +243,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "eval": evaluate,
     "chat": chat,
-    "merge": merge,
+    "merge": merging.merge,
     "inspect": inspect,
     "combine": adapters.combine,
     "resize": adapters.resize,

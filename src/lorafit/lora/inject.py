@@ -417,7 +417,14 @@ def merge_lora(model: nn.Module) -> nn.Module:
     bad = [name for name, layer in found if not _all_finite(layer)]
     if bad:
         raise NumericError(f"merging would write NaN or infinity into {listing(bad)}; nothing was changed")
-    digest = adapter_digest(adapter_state(model))
+    absorb(model, adapter_digest(adapter_state(model)))
+    return model
+
+
+@torch.no_grad()
+def absorb(model: nn.Module, digest: str | None) -> None:
+    """Put every merged weight into its layer, looked at by the caller, and note `digest` as what was merged."""
+    found = list(wrappers(model))
     owners: dict[int, set[str]] = defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].add(name)
@@ -432,7 +439,6 @@ def merge_lora(model: nn.Module) -> nn.Module:
         _declare_untied(model)
     note_merged(model, digest)
     _forget(model)
-    return model
 
 
 def _all_finite(layer: Wrapper) -> bool:
