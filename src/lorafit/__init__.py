@@ -9,6 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorafit.adapter.algebra import combine_adapters, diff_adapters, resize_adapter
+    from lorafit.adapter.check import check_adapter
+    from lorafit.adapter.export import export_adapter
     from lorafit.adapter.peft_format import load_lora, save_lora, unload_lora
     from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
     from lorafit.data.batches import Batches
@@ -44,6 +47,9 @@ _HOME = {
         "print_model_parameters",
         "print_trainable_parameters",
     ),
+    "adapter.algebra": ("combine_adapters", "diff_adapters", "resize_adapter"),
+    "adapter.check": ("check_adapter",),
+    "adapter.export": ("export_adapter",),
     "adapter.peft_format": ("load_lora", "save_lora", "unload_lora"),
     "data.read": ("read_examples",),
     "data.batches": ("Batches",),
@@ -67,8 +73,12 @@ __all__ = [
     "ModelConfig",
     "TrainConfig",
     "add_lora",
+    "check_adapter",
+    "combine_adapters",
     "count_parameters",
+    "diff_adapters",
     "evaluate",
+    "export_adapter",
     "find_targets",
     "generate",
     "load_lora",
@@ -78,6 +88,7 @@ __all__ = [
     "print_model_parameters",
     "print_trainable_parameters",
     "read_examples",
+    "resize_adapter",
     "save_lora",
     "stream",
     "train",
