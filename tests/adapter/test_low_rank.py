@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lorafit.adapter.low_rank import Pair, best, cut, dare, squared_norm, stack, ties
+from lorafit.errors import NumericError
 
 
 def pair(out: int, in_: int, r: int, dtype: torch.dtype = torch.float64) -> Pair:
@@ -111,6 +112,14 @@ def test_dare_is_the_sum_on_average_and_drops_what_it_says() -> None:
     torch.testing.assert_close(dare(deltas, [1.0, 0.5], 1.0, [1, 2]), deltas[0] + 0.5 * deltas[1])
     assert torch.equal(found, dare(deltas, [1.0, 0.5], 0.25, [1, 2]))
     assert not torch.equal(found, dare(deltas, [1.0, 0.5], 0.25, [1, 3]))
+
+
+def test_products_that_are_no_numbers_are_refused() -> None:
+    large = Pair(torch.full((2, 3), 1e200, dtype=torch.float64), torch.full((4, 2), 1e200, dtype=torch.float64))
+    with pytest.raises(NumericError, match="product is not finite"):
+        cut(large, rank=1)
+    with pytest.raises(NumericError, match="product is not finite"):
+        best(large.delta(), rank=1)
 
 
 def test_padding_changes_the_rank_alone() -> None:

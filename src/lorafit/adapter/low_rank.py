@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorafit.errors import NumericError
+
 OVERSAMPLE, MOST_ROUNDS, STILL = 16, 30, 1e-7
 DENSE_SHARE = 4  # a rank above a quarter of the matrix is cut by a full SVD
 ROWS = 1024
@@ -71,7 +73,7 @@ def cut(pair: Pair, rank: int | None = None, energy: float | None = None) -> Cut
     A, B = pair.A.double(), pair.B.double()
     Q_A, R_A = torch.linalg.qr(A.T)
     Q_B, R_B = torch.linalg.qr(B)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(_finite(R_B @ R_A.T), full_matrices=False)
     k = _count(S, rank, energy)
     root = S[:k].sqrt()
     nearest = Pair(
@@ -95,7 +97,7 @@ def best(delta: Tensor, rank: int | None = None, energy: float | None = None, em
     By block power iteration (Halko, Martinsson, Tropp 2011, arXiv:0909.4061, Algorithm 4.4), until the energy it
     holds stands still; by a full SVD where the rank is no small part of the matrix. What was lost is measured.
     """
-    delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
+    delta = _finite(delta.to(torch.promote_types(delta.dtype, torch.float32)))
     total = float(delta.square().sum(dtype=torch.float64))
     width = (rank or OVERSAMPLE) + OVERSAMPLE
     while width * DENSE_SHARE < min(delta.shape):
@@ -132,6 +134,12 @@ def _within(pair: Pair, total: float, rank: int | None, energy: float | None) ->
         held = squared_norm(pair)
         energy = min(1.0, energy * total / held) if held else 1.0
     return cut(pair, rank, energy).pair
+
+
+def _finite(product: Tensor) -> Tensor:
+    if not product.isfinite().all():
+        raise NumericError("the values of this adapter are so large that their product is not finite")
+    return product
 
 
 def _count(S: Tensor, rank: int | None, energy: float | None) -> int:

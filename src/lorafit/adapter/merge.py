@@ -75,14 +75,14 @@ def merge_files(
 
 def reason_against(skeleton: Any, base: Path, adapter: Path) -> str | None:
     """Why the model in `base` has to be merged in memory, in a few words; None if its files will do."""
-    if skeleton.is_remote_code():
+    if not type(skeleton).__module__.startswith("transformers."):
         return "it brings Python code of its own"
     if getattr(skeleton.config, "quantization_config", None) is not None:
         return "its weights are quantised"
-    kept = skeleton._keep_in_fp32_modules_strict or (
-        skeleton.dtype == torch.float16 and skeleton._keep_in_fp32_modules
-    )
-    if kept and skeleton.dtype != torch.float32:
+    kept = getattr(skeleton, "_keep_in_fp32_modules_strict", None)
+    if skeleton.dtype == torch.float16:
+        kept = kept or getattr(skeleton, "_keep_in_fp32_modules", None)
+    if kept and skeleton.dtype in (torch.float16, torch.bfloat16):
         return f"some of its weights stay in fp32 when the rest is {skeleton.dtype}"
     try:
         with open_shards(base) as shards:

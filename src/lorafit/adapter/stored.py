@@ -109,7 +109,7 @@ def _sorted_out(
             problems.append(f"{layer} has {', '.join(sorted(found_parts))} instead of {', '.join(sorted(expected))}")
             continue
         a, b = (found_parts[key] for key in NAMES[embedding])
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not all(a.shape + b.shape):
             problems.append(f"{layer} has factors of the shapes {a.shape} and {b.shape}")
         elif config["use_dora"] and found_parts[MAGNITUDE].shape != b.shape[:1]:
             problems.append(f"{layer} has {b.shape[0]} rows and {found_parts[MAGNITUDE].shape} magnitudes")
@@ -171,7 +171,8 @@ def write_stored(path: str | Path, pairs: Mapping[str, Pair], sources: Sequence[
     first = sources[0]
     config = LoraConfig(dropout=first.config["lora_dropout"])
     plan = plan_for_pairs(pairs, config, _modules(first.trained, first.config))
-    kept = {name: first.config[name] for name in ("base_model_name_or_path", "revision", "fan_in_fan_out", "task_type")}
+    kept = {name: first.config[name] for name in ("base_model_name_or_path", "revision", "task_type")}
+    kept["fan_in_fan_out"] = any(source.config["fan_in_fan_out"] for source in sources)
     said = fields(plan, **{**kept, "target_modules": _target_names(list(pairs), sources), **known})
     tensors = pair_tensors(pairs) | dict(first.trained)
     return write_adapter(Path(path), tensors, plan, said, joint_base(sources, force=True))
