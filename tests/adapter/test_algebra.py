@@ -8,12 +8,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorafit import LoraConfig, LoraLinear, add_lora, load_lora, save_lora
 from lorafit.adapter.algebra import combine_adapters, diff_adapters, resize_adapter
-from lorafit.adapter.stored import read_stored
+from lorafit.adapter.stored import read_stored, write_stored
 from lorafit.errors import AdapterError, UsageError
 from lorafit.lora import inject
 
@@ -111,6 +112,34 @@ def test_a_configuration_from_elsewhere_is_noticed_without_the_model(saved: Tiny
     (folder / "adapter_config.json").write_text(json.dumps(raw | change))
     with pytest.raises(AdapterError, match="do not come from one save"):
         read_stored(folder)
+
+
+@pytest.mark.parametrize("base", [5, [], {}, {"facts": 1, "values": {}}, {"facts": {}, "values": {"x": "!"}}])
+def test_a_note_about_the_base_is_not_believed(saved: Tiny, base: Any) -> None:
+    folder = saved("a")
+    file = folder / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        note = json.loads(opened.metadata()["lorafit"])
+    save_file(load_file(file), file, metadata={"format": "pt", "lorafit": json.dumps(note | {"base": base})})
+    (folder / "manifest.json").unlink()
+    with pytest.raises(AdapterError, match="its note about the base cannot be read"):
+        read_stored(folder)
+
+
+def test_an_adapter_of_modules_trained_in_full_alone(saved: Tiny, tmp_path: Path) -> None:
+    folder = saved("a", targets=(), train_modules=("model.norm",))
+    assert str(resize_adapter(folder, tmp_path / "same", rank=2)).endswith("0 layers, rank 0, exact")
+    assert diff_adapters(folder, tmp_path / "same").distance == 0
+
+
+def test_layers_are_named_by_endings_only_where_they_name_no_others(saved: Tiny, tiny: Tiny, tmp_path: Path) -> None:
+    source = read_stored(saved("a", targets=("q_proj", "v_proj")))
+    write_stored(tmp_path / "all", source.pairs, [source])
+    assert read_stored(tmp_path / "all").config["target_modules"] == ["q_proj", "v_proj"]
+    less = {name: pair for name, pair in source.pairs.items() if name != "model.layers.0.self_attn.q_proj"}
+    write_stored(tmp_path / "less", less, [source])
+    plan = load_lora(tiny("llama"), tmp_path / "less")
+    assert {target.name for target in plan.targets} == less.keys()
 
 
 # --- combine --------------------------------------------------------------------------------------

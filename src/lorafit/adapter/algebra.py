@@ -40,7 +40,7 @@ class Outcome:
         return name, shares[name]
 
     def __str__(self) -> str:
-        ranks = sorted({cut.pair.r for cut in self.cuts.values()})
+        ranks = sorted({cut.pair.r for cut in self.cuts.values()}) or [0]
         span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         line = f"{self.path}: {len(self.cuts)} layers, {span}"
         if self.error == 0:
@@ -176,7 +176,7 @@ class Difference:
     @property
     def distance(self) -> float:
         """‖ΔW₁ − ΔW₂‖ / max(‖ΔW₁‖, ‖ΔW₂‖) over all layers and modules trained in full."""
-        first, second, apart = (sum(column) for column in zip(*self.squares.values(), strict=True))
+        first, second, apart = (sum(square[i] for square in self.squares.values()) for i in range(3))
         share = float((apart / max(first, second)) ** 0.5) if max(first, second) else 0.0
         return share if share > SAME else 0.0
 

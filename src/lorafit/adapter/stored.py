@@ -17,7 +17,7 @@ from lorafit.adapter.fingerprint import join_fingerprints, other_bases
 from lorafit.adapter.low_rank import Pair
 from lorafit.adapter.peft_config import fields, patterned, read_config, tails
 from lorafit.adapter.peft_format import FLOATS, open_adapter, other_base_error, read_note, write_adapter
-from lorafit.adapter.untrusted import plain
+from lorafit.adapter.untrusted import explained, plain
 from lorafit.adapter.weights_file import Entry
 from lorafit.config import LoraConfig
 from lorafit.errors import AdapterError, UsageError, listing
@@ -71,6 +71,8 @@ def read_stored(path: str | Path) -> Stored:
             raise AdapterError(f"{folder}: weights and configuration disagree: {listing(wrong, 2)}")
         shapes = {name: (b.shape[0], a.shape[1]) for name, (a, b) in layers.items()}
         note = read_note(file, _plan(config, shapes, ranks, alphas, _modules(trained, config)))
+        with explained(file.path, "intact: its note about the base cannot be read"):
+            joint_base([Stored(folder, config, {}, base=note.get("base"))] * 2)
         held = {name: file.read(entry) for name, entry in entries.items() if not COPY.fullmatch(name)}
     if bad := [name for name, tensor in held.items() if not tensor.isfinite().all()]:
         raise AdapterError(f"{folder}: NaN or infinity in {listing(bad)}")
@@ -93,7 +95,7 @@ def _sorted_out(
     trained, problems = [], []
     for name, entry in entries.items():
         found = FACTOR.fullmatch(name)
-        if entry.dtype not in FLOATS:
+        if found and entry.dtype not in FLOATS:
             problems.append(f"{name} is {entry.dtype}")
         elif found:
             parts[found[1]][found[2]] = entry
