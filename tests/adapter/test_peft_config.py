@@ -396,6 +396,6 @@ def test_what_could_not_be_loaded_is_not_written(tiny: Tiny, tmp_path: Path) -> 
 )
 def test_the_endings_written_for_some_layers_name_exactly_them(names: list[str], chosen: set[int]) -> None:
     some = [names[number] for number in sorted(chosen) if number < len(names)]
-    said = peft_config._endings_or_regex(some, names)
+    said = peft_config.endings_or_regex(some, names)
     pattern = said if isinstance(said, str) else tuple(said)
     assert [name for name in names if patterns.matches(pattern, name)] == [name for name in names if name in some]

@@ -199,7 +199,6 @@ def _problem(name: str, value: Any) -> str | None:
 
 def describe(model: nn.Module, plan: Plan, base_model: str | None) -> dict[str, Any]:
     """The fields that say in PEFT's words what `plan` did to `model`."""
-    config = plan.config
     modules = inject.plain_modules(model)
     hf_config = getattr(model, "config", None)
     head = getattr(model, "get_output_embeddings", None)
@@ -207,21 +206,35 @@ def describe(model: nn.Module, plan: Plan, base_model: str | None) -> dict[str, 
     key = _keys(plan, modules)
     names = [name for name, said in key.items() if said == name and name in modules]
     weights = [said for said in key.values() if said not in names]
+    return fields(
+        plan,
+        key,
+        base_model_name_or_path=base_model or getattr(hf_config, "_name_or_path", None) or None,
+        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in names),
+        target_modules=endings_or_regex(names, [n for n in modules if n not in plan.trained]),
+        target_parameters=_endings(weights, _parameter_names(modules)) or None,
+        task_type="CAUSAL_LM" if causal else None,
+        trainable_token_indices=_token_field(model, plan, modules),
+    )
+
+
+def fields(plan: Plan, called: Mapping[str, str] | None = None, **known: Any) -> dict[str, Any]:
+    """Every field for `plan`; `known` are those that only the model, or the file that it was read from, can tell.
+
+    `called` is what PEFT has to call the targets, where that is not their name.
+    """
+    config = plan.config
+    key = called or {target.name: target.name for target in plan.targets}
     said = DEFAULTS | {
-        "base_model_name_or_path": base_model or getattr(hf_config, "_name_or_path", None) or None,
-        "fan_in_fan_out": any(isinstance(modules[name], Conv1D) for name in names),
         "lora_alpha": _number(config.alpha),
         "lora_dropout": config.dropout,
         "modules_to_save": list(plan.trained) or None,
         "r": int(config.r),
         "alpha_pattern": _disjoint({key[t.name]: _number(t.alpha) for t in plan.targets}, _number(config.alpha)),
         "rank_pattern": _disjoint({key[t.name]: t.r for t in plan.targets}, config.r),
-        "target_modules": _endings_or_regex(names, [n for n in modules if n not in plan.trained]),
-        "target_parameters": _endings(weights, _parameter_names(modules)) or None,
-        "task_type": "CAUSAL_LM" if causal else None,
-        "trainable_token_indices": _token_field(model, plan, modules),
         "use_dora": config.variant == "dora",
         "use_rslora": bool(config.rslora),
+        **known,
     }
     if problem := next(filter(None, (_problem(*field) for field in said.items())), None):
         raise UsageError(f"this adapter cannot be saved in PEFT's format: {problem}")
@@ -315,20 +328,20 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _endings_or_regex(names: Collection[str], modules: Iterable[str]) -> list[str] | str:
+def endings_or_regex(names: Collection[str], modules: Iterable[str]) -> list[str] | str:
     """The shortest list of name endings that matches exactly `names` among `modules`, by PEFT's rule."""
     others = set(modules) - set(names)
     shared = {_last(name) for name in others}
     chosen = {name if _last(name) in shared else _last(name) for name in names}
-    if any(not chosen.isdisjoint(_tails(name)) for name in others):
+    if any(not chosen.isdisjoint(tails(name)) for name in others):
         return "|".join(re.escape(name) for name in sorted(names))  # a full name that also ends another one
     return sorted(chosen)
 
 
 def _endings(names: Collection[str], known: Iterable[str]) -> list[str]:
     """A short list of name endings that matches exactly `names` among `known`; PEFT has no patterns for these."""
-    others = {tail for name in set(known) - set(names) for tail in _tails(name)}
-    shortest = [next((tail for tail in reversed([*_tails(name)]) if tail not in others), name) for name in names]
+    others = {tail for name in set(known) - set(names) for tail in tails(name)}
+    shortest = [next((tail for tail in reversed([*tails(name)]) if tail not in others), name) for name in names]
     return sorted(set(shortest))
 
 
@@ -355,7 +368,7 @@ def _last(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _tails(name: str) -> Iterator[str]:
+def tails(name: str) -> Iterator[str]:
     """`a.b.c`, `b.c`, `c`"""
     yield name
     while "." in name:
@@ -374,7 +387,7 @@ def plan_for(model: nn.Module, raw: Mapping[str, Any], tensors: Collection[str],
     modules = inject.plain_modules(model)
     layers = raw["layers_to_transform"]
     entries = set(raw["target_parameters"] or [])
-    weights = [name for name in _parameter_names(modules) if not entries.isdisjoint(_tails(name))]
+    weights = [name for name in _parameter_names(modules) if not entries.isdisjoint(tails(name))]
     # The weight of a linear layer is that layer.
     key = {n.removesuffix(".weight"): n for n in weights if is_readable(modules[n.rpartition(".")[0]])}
     try:
@@ -430,12 +443,12 @@ def _named(field: str, value: str | list[str], modules: Iterable[str]) -> list[s
     if isinstance(value, str):
         return list(_first_matches(field, [value], modules))
     entries = set(value)
-    return [name for name in modules if not entries.isdisjoint(_tails(name))]
+    return [name for name in modules if not entries.isdisjoint(tails(name))]
 
 
 def _exactly(names: Collection[str], modules: Iterable[str]) -> Names:
     """`names` and no other of `modules`, in the words of LoraConfig; nothing in them is a pattern from a file."""
-    said = _endings_or_regex(names, modules)
+    said = endings_or_regex(names, modules)
     return f"(?:{said})" if isinstance(said, str) else tuple(said)
 
 
@@ -460,6 +473,12 @@ def _tokens(model: nn.Module, value: Any, modules: Mapping[str, nn.Module]) -> d
     if not found:
         raise UsageError(f"trainable_token_indices={shown(value)}: the same tokens of embedding and head are expected")
     return {"train_tokens": tuple(ids), "token_layers": tuple(found)}
+
+
+def patterned(field: str, raw: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """The rank or alpha of each of the layers `names`: `field` is rank_pattern or alpha_pattern."""
+    default = raw["r" if field == "rank_pattern" else "lora_alpha"]
+    return dict.fromkeys(names, default) | _spelled_out(field, raw[field], {name: name for name in names}, default)
 
 
 def _spelled_out(field: str, pattern: Mapping[str, Any], names: Mapping[str, str], default: float) -> dict[str, Any]:

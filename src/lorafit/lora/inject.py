@@ -426,7 +426,14 @@ def merge_lora(model: nn.Module, on_note: Callable[[str], object] = warnings.war
     bad = [name for name, layer in found if not _all_finite(layer)]
     if bad:
         raise NumericError(f"merging would write NaN or infinity into {listing(bad)}; nothing was changed")
-    digest = adapter_digest(file_state(model))
+    absorb(model, adapter_digest(file_state(model)), on_note)
+    return model
+
+
+@torch.no_grad()
+def absorb(model: nn.Module, digest: str | None, on_note: Callable[[str], object] = warnings.warn) -> None:
+    """Put every merged weight into its layer, looked at by the caller, and note `digest` as what was merged."""
+    found = list(wrappers(model))
     owners: dict[int, set[str]] = defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].add(name)
@@ -444,7 +451,6 @@ def merge_lora(model: nn.Module, on_note: Callable[[str], object] = warnings.war
         _declare_untied(model)
     note_merged(model, digest)
     _forget(model)
-    return model
 
 
 def _all_finite(layer: Wrapper) -> bool:

@@ -30,12 +30,17 @@ from lorafit.lora.weights import read_weight, write_weight
 TINY = 1e-30  # a squared norm below this is a row of zeros
 
 
+def scale_of(r: int, alpha: float, rslora: bool) -> float:
+    """s = alpha / r, or alpha / √r with `rslora` (Kalajdzievski 2023, arXiv:2312.03732)."""
+    return alpha / r**0.5 if rslora else alpha / r
+
+
 class LoraLinear(nn.Module):
     """y = W x + b + s·B·A·dropout(x)        x (…, in)   W (out, in)   A (r, in)   B (out, r)
 
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
-    s = alpha / r, or alpha / √r with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
-    `base_layer` is an nn.Linear, a transformers Conv1D, or anything registered in `weights.py`.
+    s = `scale_of(r, alpha, rslora)`. `base_layer` is an nn.Linear, a transformers Conv1D, or anything registered in
+    `weights.py`.
     """
 
     pair_names = ("lora_A.weight", "lora_B.weight")
@@ -355,11 +360,6 @@ VARIANTS: dict[str, type[LoraLinear]] = {"lora": LoraLinear, "dora": DoraLinear}
 def formula(base_layer: nn.Module, variant: str) -> type[LoraLinear]:
     """The class that adapts `base_layer`."""
     return LoraEmbedding if isinstance(base_layer, nn.Embedding) else VARIANTS[variant]
-
-
-def scale_of(r: int, alpha: float, rslora: bool) -> float:
-    """s in ΔW = s·B·A."""
-    return alpha / r**0.5 if rslora else alpha / r
 
 
 def subtrahend(a: Tensor, difference: Tensor) -> Tensor:
