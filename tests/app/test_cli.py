@@ -18,10 +18,11 @@ import transformers
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, pre_tokenizers
 
 from lorafit.app import options, rows, runs
-from lorafit.app.cli import VERBS, main
+from lorafit.app.cli import VERBS, TokensConfig, main
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict
 from lorafit.errors import UsageError
 from lorafit.locks import lock
@@ -194,7 +195,7 @@ def test_help(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     verb = VERBS.get(line[0]) if line else None
     for cls in options.configs(verb).values() if verb else ():
         for field in dataclasses.fields(cls):
-            assert f"--{field.name.replace('_', '-')}" in printed
+            assert f"--{field.name.rstrip('_').replace('_', '-')}" in printed
             assert " ".join(field.metadata["help"].split()[:4]) in printed
     if verb is None:
         assert all(name in printed for name in VERBS)
@@ -228,7 +229,8 @@ def resolved(line: str, verb: str = "train") -> dict[str, Any]:
 
 
 def test_flags_overrule_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
-    defaults = as_dict(ModelConfig(), LoraConfig(), DataConfig(), TrainConfig()) | {"out": "", "resume": False}
+    defaults = as_dict(ModelConfig(), LoraConfig(), TokensConfig(), DataConfig(), TrainConfig())
+    defaults |= {"out": "", "resume": False}
     assert resolved("") == defaults
     (tmp_path / "c.toml").write_text("r = 4\nlr = 1e-3\ntargets = ['q_proj']\n[rank_pattern]\nq_proj = 2\n")
     line = f"--config {tmp_path / 'c.toml'} --lr 5e-4"
@@ -272,6 +274,9 @@ def test_a_flag_is_read_as_its_type(line: str, name: str, value: Any) -> None:
     assert resolved(line)[name] == value
 
 
+LINKED = ("init", "init_rho", "token_layers", "lora_plus_ratio")  # not every value fits those of others
+
+
 def a_config(cls: Any) -> st.SearchStrategy[Any]:
     """Any valid settings of one dataclass, a few fields changed."""
     words = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
@@ -289,7 +294,7 @@ def a_config(cls: Any) -> st.SearchStrategy[Any]:
     }
     hints = {name: str(field.type) for name, field in cls.__dataclass_fields__.items()}
     hints = {name: kind.removeprefix("<class '").removesuffix("'>") for name, kind in hints.items()}
-    return st.builds(cls, **{name: made[kind] for name, kind in hints.items() if kind in made and name != "init"})
+    return st.builds(cls, **{name: made[kind] for name, kind in hints.items() if kind in made and name not in LINKED})
 
 
 @settings(deadline=None)
@@ -597,6 +602,60 @@ def test_merge_saves_a_plain_model_that_answers_like_the_adapter(
     assert sorted(out.iterdir()) == before
 
 
+def test_new_tokens_from_train_to_merge(
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lorafit.model.load import load_model
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(data_file.read_text().replace("comes", "<next>"))
+    model = f"--model {model_folder} --dtype float32 --device cpu"
+    new = "--new-tokens <next>,<last> --train-tokens 65"
+    size = len(transformers.AutoTokenizer.from_pretrained(model_folder))
+    assert main(f"inspect {model} --data {rows} --rows 1 {new}".split()) == 0
+    assert "model.embed_tokens   3 rows trained" in capsys.readouterr().out
+    run, out = tmp_path / "run", tmp_path / "merged"
+    line = f"train {model} --data {rows} --out {run} --steps 2 {new}".split()
+    assert main(line) == 0
+    shutil.rmtree(run / "adapter")
+    assert main([*line, "--resume"]) == 0
+    said = json.loads((run / "adapter" / "adapter_config.json").read_text())["trainable_token_indices"]
+    assert said == {"model.embed_tokens": [65, size, size + 1], "lm_head": [65, size, size + 1]}
+    capsys.readouterr()
+    more = f"{model} --adapter {run / 'adapter'}"
+    assert main(f"eval {more} --data {rows}".split()) == 0
+    assert main(f"inspect {more} --data {rows}".split()) == 0
+    assert say(monkeypatch, capsys, f"chat {more} --max-new-tokens 4", "hello\n")
+    assert main(f"train {more} --data {rows} --out {tmp_path / 'on'} --steps 1".split()) == 0
+    assert (tmp_path / "on" / "adapter" / "tokenizer.json").is_file()
+    assert main(f"merge {more} --out {out}".split()) == 0
+    merged, tokenizer = load_model(out, dtype="float32", device="cpu")
+    assert tokenizer("<next>")["input_ids"] == [size]
+    assert merged.get_input_embeddings().weight.shape[0] == size + 2  # type: ignore[operator]
+    assert main(f"train {more} --data {rows} --out {tmp_path / 'no'} --new-tokens <x>".split()) == 2
+    assert "an adapter brings its own settings" in capsys.readouterr().err
+
+
+def test_a_base_in_8_bits_from_train_to_merge(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = f"--model {model_folder} --dtype float32 --device cpu"
+    assert main(f"inspect {model} --storage int8".split()) == 0
+    assert "model.layers.{0..1}.self_attn.q_proj  ×2   32 × 32" in capsys.readouterr().out
+    run, out = tmp_path / "run", tmp_path / "merged"
+    assert main(f"train {model} --data {data_file} --out {run} --steps 2 --storage int8".split()) == 0
+    capsys.readouterr()
+    assert main(f"merge {model} --adapter {run / 'adapter'} --out {out} --storage int8".split()) == 0
+    printed = capsys.readouterr().out
+    assert "merged into what their storage held, not into the original weights, and dense now: model" in printed
+    assert float(printed.split("largest logit difference ")[1].split()[0]) < 1e-4
+    assert transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)[1]["missing_keys"] == set()
+
+
 @pytest.mark.parametrize(("free", "said"), [(2**40, "a pass may hold "), (2**20, "passes are cut to ")])
 def test_inspect_says_how_large_a_pass_may_be(
     free: int,
@@ -611,6 +670,34 @@ def test_inspect_says_how_large_a_pass_may_be(
     assert main(line.split()) == 0
     shown = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory, estimated"))
     assert f"{free / 2**20:,.0f} MiB are free: {said}" in shown
+
+
+
+def test_merge_goes_through_memory_where_the_files_will_not_do(
+    run_folder: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A base without safetensors' usual names: the same weights, and why it took memory."""
+    line = f"merge --adapter {run_folder / 'adapter'} --dtype float32 --model"
+    assert main([*line.split(), str(model_folder), "--out", str(tmp_path / "files")]) == 0
+    renamed = tmp_path / "renamed"
+    shutil.copytree(model_folder, renamed)
+    held = load_file(renamed / "model.safetensors")
+    held = {name.removeprefix("model."): value for name, value in held.items()}
+    save_file(held, renamed / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    monkeypatch.setattr("lorafit.training.memory.free_memory", lambda device: 1000)
+    assert main([*line.split(), str(renamed), "--out", str(tmp_path / "memory")]) == 0
+    printed = capsys.readouterr().out
+    assert "merged in memory: its files have another name for model.layers.0.self_attn.q_proj.weight" in printed
+    assert "not compared: the model has" in printed
+    weights = [load_file(tmp_path / way / "model.safetensors") for way in ("files", "memory")]
+    plain = {name.removeprefix("model."): value for name, value in weights[0].items()}
+    assert plain.keys() == {name.removeprefix("model.") for name in weights[1]}
+    assert all(torch.equal(value, plain[name.removeprefix("model.")]) for name, value in weights[1].items())
 
 
 def test_inspect_shows_the_plan_and_the_tokens_that_carry_loss(

@@ -8,11 +8,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorafit.app import options, signals
+from lorafit.app import adapters, merging, options, signals
+from lorafit.app.common import OutConfig, base, make_console, need, say, source, with_adapter
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict, knob
 from lorafit.errors import Interrupted, LorafitError, ModelError, UsageError, nearest
 
@@ -20,10 +21,10 @@ from lorafit.errors import Interrupted, LorafitError, ModelError, UsageError, ne
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutConfig:
-    """Where the result goes"""
+class TokensConfig:
+    """Words that the tokenizer shall know"""
 
-    out: str = knob("", "folder to write")
+    new_tokens: tuple[str, ...] = knob((), "tokens to add, whose rows are trained, beside --train-tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +85,17 @@ def demo(config: DemoConfig) -> None:
 
 
 def train(
-    model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, out: OutConfig, again: ResumeConfig
+    model: ModelConfig,
+    lora: LoraConfig,
+    tokens: TokensConfig,
+    data: DataConfig,
+    training: TrainConfig,
+    out: OutConfig,
+    again: ResumeConfig,
 ) -> None:
     """Fine-tune a model on a data file; save the adapter, the settings, the log and the loss curve."""
     need("train", model=model.model, data=data.data, out=out.out)
-    if model.adapter and lora != LoraConfig():
+    if model.adapter and (lora, tokens) != (LoraConfig(), TokensConfig()):
         raise UsageError("an adapter brings its own settings: with --adapter leave the LoRA flags out")
     from lorafit.app import runs
     from lorafit.files import sweep
@@ -98,35 +105,45 @@ def train(
     with lock(folder):
         sweep(folder)
         runs.check_free(folder, again.resume)
-        fine_tune(model, lora, data, training, folder, again.resume)
+        fine_tune(model, lora, tokens, data, training, folder, again.resume)
 
 
 def fine_tune(
-    model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, folder: Path, resume: bool
+    model: ModelConfig,
+    lora: LoraConfig,
+    tokens: TokensConfig,
+    data: DataConfig,
+    training: TrainConfig,
+    folder: Path,
+    resume: bool,
 ) -> None:
     """What `train` does in `folder`, which is its own."""
     import torch
 
     from lorafit.adapter.peft_format import load_lora, save_lora
     from lorafit.app import rows, runs, starts
+    from lorafit.lora.tokens import enlarge
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
     from lorafit.training.checkpoint import whole_states
 
     console = make_console()
-    examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), training.seed)
+    tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
+    asked = with_tokens(lora, tokens, tokenizer)
+    examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
     net, _ = load_model(**base(model))
+    enlarge(net, 1 + max(asked.train_tokens, default=-1))
     batches = rows.make_batches(examples, data, seed=training.seed)
     torch.manual_seed(training.seed)  # the start of A
     if model.adapter:
         plan = load_lora(net, model.adapter, force_base=model.force_base)
     else:
         restored = resume and bool(whole_states(folder / runs.CHECKPOINTS))
-        plan = starts.put_in(net, lora, batches, console.print, restored=restored)
-        lora = plan.config  # with the ranks that the data asked for
+        plan = starts.put_in(net, asked, batches, console.print, restored=restored)
+        lora = replace(plan.config, train_tokens=lora.train_tokens)  # with the ranks that the data asked for
     console.print(f"{plan}\n{rows.summary(examples, held_out)}")
     evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
-    settings = as_dict(model, lora, data, training, OutConfig(out=str(folder)))
+    settings = as_dict(model, lora, tokens, data, training, OutConfig(out=str(folder)))
     done = runs.start(folder, settings, resume=resume)
     place = {"resume" if resume else "checkpoints": folder / runs.CHECKPOINTS}
     with signals.noted(), runs.progress(console, loop.count_steps(training, batches), folder / runs.LOG, done) as show:
@@ -140,7 +157,8 @@ def fine_tune(
             on_note=console.print,
             stop=signals.reason,
         )
-    adapter = save_lora(net, folder / runs.ADAPTER, base_model=model.model)
+    beside = tokenizer if plan.tokens else None
+    adapter = save_lora(net, folder / runs.ADAPTER, base_model=model.model, tokenizer=beside)
     runs.draw_losses(result.history, folder / runs.PICTURE, title=f"{model.model} on {data.data}")
     console.print(runs.epochs_table(result.epoch_losses, result.evaluations, batches.steps_per_epoch))
     console.print(f"adapter {adapter}, log {folder / runs.LOG}, picture {folder / runs.PICTURE}")
@@ -159,7 +177,8 @@ def evaluate(model: ModelConfig, data: DataConfig, seed: SeedConfig) -> None:
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
 
-    examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), seed.seed)
+    tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
+    examples, held_out = rows.read_rows(model, data, tokenizer, seed.seed)
     batches = rows.make_batches(held_out or examples, data, shuffle=False)
     net, _ = load_model(**with_adapter(model))
     with lora_disabled(net):
@@ -214,28 +233,14 @@ def chat(model: ModelConfig, talk: TalkConfig, answers: AnswerConfig) -> None:
             messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
-def merge(model: ModelConfig, out: OutConfig) -> None:
-    """Add the adapter to the weights and save a plain model folder that needs no lorafit."""
-    need("merge", model=model.model, adapter=model.adapter, out=out.out)
-    from lorafit.files import check_replaceable, need_space
-    from lorafit.lora.inject import merge_lora
-    from lorafit.model.compare import compare, probe
-    from lorafit.model.load import load_model, save_model
-
-    check_replaceable(out.out, replaces=())
-    net: Any
-    net, tokenizer = load_model(**with_adapter(model))
-    need_space(Path(out.out), sum(p.nbytes for p in net.parameters()))
-    before = probe(net, tokenizer)
-    merge_lora(net)
-    difference = compare(before, probe(net, tokenizer, like=before))
-    save_model(net, tokenizer, out.out, replaces=())
-    console = make_console()
-    console.print(f"adapter and merged model on {len(before.rows)} prompts: {difference}")
-    console.print(f"merged model {out.out}, in {net.dtype} (--dtype for another precision)")
-
-
-def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedConfig, show: ShowConfig) -> None:
+def inspect(
+    model: ModelConfig,
+    lora: LoraConfig,
+    tokens: TokensConfig,
+    data: DataConfig,
+    training: TrainConfig,
+    show: ShowConfig,
+) -> None:
     """Show what would be trained, and on which tokens, before any compute; with --data alone: check the rows."""
     if data.data and not model.model:
         from lorafit.app.rows import counted
@@ -249,18 +254,24 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedCo
     from lorafit.app import rows, starts
     from lorafit.app.memory import estimate
     from lorafit.lora.inits import find_init
+    from lorafit.lora.tokens import enlarge
     from lorafit.model.load import load_model, load_skeleton, load_tokenizer, resolve_device
 
     console = make_console()
     skeleton = load_skeleton(**base(model))
+    if tokens.new_tokens or data.data:
+        tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
+        lora = with_tokens(lora, tokens, tokenizer)
+    most = 1 + max(lora.train_tokens, default=-1)
+    enlarge(skeleton, most)
     batches = None
     if data.data:
-        tokenizer = load_tokenizer(**source(model))
-        examples, held_out = rows.read_rows(model, data, tokenizer, seed.seed)
-        batches = rows.make_batches(examples, data, seed=seed.seed)
+        examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
+        batches = rows.make_batches(examples, data, seed=training.seed)
     init = find_init(lora.init)
     if not model.adapter and (init.start == "kept" or init.statistic):  # what it does is in the weights
         net, _ = load_model(**base(model))
+        enlarge(net, most)
         lora, made = starts.looked_at(net, lora, batches, console.print)
         for line in starts.described(net, lora, made) if init.start == "kept" else ():
             console.print(line)
@@ -273,10 +284,9 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedCo
     console.print(str(plan))
     device = resolve_device(model.device)
     if batches is None:
-        console.print(estimate(skeleton, data.batch_size * data.max_length, data.max_length, device))
+        console.print(estimate(skeleton, data.batch_size * data.max_length, device, training.checkpointing))
     else:
-        tokens = rows.largest_pass(batches)
-        console.print(estimate(skeleton, tokens, max(len(example.ids) for example in examples), device))
+        console.print(estimate(skeleton, rows.largest_pass(batches), device, training.checkpointing))
         console.print(rows.summary(examples, held_out))
         for example in examples[: show.rows]:
             console.print(f"\n{example.source}")
@@ -288,44 +298,25 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "eval": evaluate,
     "chat": chat,
-    "merge": merge,
+    "merge": merging.merge,
     "inspect": inspect,
+    "combine": adapters.combine,
+    "resize": adapters.resize,
+    "extract": adapters.extract,
+    "diff": adapters.diff,
+    "export": adapters.export,
+    "check": adapters.check,
 }
 
 # --- what they share ---------------------------------------------------------------------------------
 
 
-def need(verb: str, **values: str | None) -> None:
-    """Refuse a command line that lacks one of `values`."""
-    for name, value in values.items():
-        if not value:
-            raise UsageError(f"{verb} needs --{name} (lorafit {verb} --help)")
+def with_tokens(lora: LoraConfig, tokens: TokensConfig, tokenizer: Any) -> LoraConfig:
+    """`lora` with the new tokens among those that are trained; `tokenizer` knows them from here on."""
+    from lorafit.lora.tokens import know
 
-
-def source(model: ModelConfig) -> dict[str, Any]:
-    """Where the base model comes from, as keywords of lorafit.model.load."""
-    return {"name": model.model, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
-
-
-def base(model: ModelConfig) -> dict[str, Any]:
-    """The same with its precision and device."""
-    return {**source(model), "dtype": model.dtype, "device": model.device}
-
-
-def with_adapter(model: ModelConfig) -> dict[str, Any]:
-    """The same with its adapter."""
-    return {**base(model), "adapter": model.adapter, "force_base": model.force_base}
-
-
-def make_console() -> Any:
-    """Plain text comes out as it is: nothing wrapped, nothing in brackets taken for markup."""
-    from rich.console import Console
-
-    return Console(markup=False, highlight=False, soft_wrap=True)
-
-
-def say(text: str) -> None:
-    print(text, end="", flush=True)
+    ids = (*lora.train_tokens, *know(tokenizer, tokens.new_tokens)) if tokens.new_tokens else lora.train_tokens
+    return replace(lora, train_tokens=tuple(dict.fromkeys(ids)))
 
 
 def typed() -> Iterator[str]:

@@ -10,8 +10,9 @@ from lorafit.config import LoraConfig
 from lorafit.data.batches import Batches
 from lorafit.errors import UsageError, said_of
 from lorafit.lora.inits import BLANK, BLANK_KEPT, find_init
-from lorafit.lora.inject import Plan, add_lora, collapse, execute, find_targets
+from lorafit.lora.inject import Plan, add_lora, execute, find_targets
 from lorafit.lora.layers import scale_of
+from lorafit.lora.names import collapse
 from lorafit.lora.weights import read_weight
 from lorafit.training.calibrate import Calibrated, calibrate
 

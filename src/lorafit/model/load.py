@@ -13,14 +13,18 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import errors as hub
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from lorafit.adapter.peft_config import read_config
 from lorafit.adapter.peft_format import load_lora
 from lorafit.errors import DiskError, ModelError, UsageError, listing, nearest
 from lorafit.files import new_folder
+from lorafit.lora.tokens import enlarge
+from lorafit.model.storage import store
 
 DTYPES = {str(t).partition(".")[2]: t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 
@@ -32,17 +36,19 @@ def load_model(
     device: str | torch.device = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    storage: str = "dense",
     adapter: str | Path | None = None,
     force_base: bool = False,
 ) -> tuple[nn.Module, Any]:
     """The causal LM `name` (hub name, folder or .gguf file) ready for inference, and its tokenizer.
 
-    `adapter` is loaded on top; `force_base` as in `load_lora`.
+    `storage` "int8" keeps its linear layers in 8 bits. `adapter` is loaded on top, and its tokenizer taken if tokens
+    were learned; `force_base` as in `load_lora`.
     """
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
     where, options = _source(name, revision, trust_remote_code)
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code, adapter=adapter)
     if "gguf_file" in options:  # left packed, its layers would be no nn.Linear
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if place.type != "cpu":  # straight from the file to the accelerator
@@ -53,16 +59,32 @@ def load_model(
         )
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{name}: {len(missing)} weights are missing from its files: {listing(missing)}")
+    store(model, storage)
     if adapter is not None:
+        if _brings_tokens(Path(adapter)):
+            enlarge(model, len(tokenizer))
         load_lora(model, adapter, trainable=False, force_base=force_base)
     return model.eval(), tokenizer
 
 
-def load_tokenizer(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer alone, which reads no weights."""
+def load_tokenizer(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    adapter: str | Path | None = None,
+) -> Any:
+    """The tokenizer alone, which reads no weights; the one beside `adapter` if that learned tokens."""
     where, options = _source(name, revision, trust_remote_code)
+    if adapter is not None and _brings_tokens(Path(adapter)):
+        where, options = str(adapter), {}
     with _explained(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(where, **options)
+
+
+def _brings_tokens(adapter: Path) -> bool:
+    """Whether tokens were learned and the tokenizer that knows them lies beside."""
+    return (adapter / "tokenizer_config.json").is_file() and bool(read_config(adapter)["trainable_token_indices"])
 
 
 def save_model(model: Any, tokenizer: Any, folder: str | Path, replaces: Iterable[str] | None = None) -> None:
@@ -75,6 +97,13 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, replaces: Iterabl
             raise DiskError(f"{folder}: cannot be written: {_one_line(error)}") from error
 
 
+def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's configuration alone."""
+    where, options = _source(name, revision, trust_remote_code)
+    with _explained(name, "model"):
+        return AutoConfig.from_pretrained(where, **options)
+
+
 def load_skeleton(
     name: str | Path,
     *,
@@ -82,17 +111,28 @@ def load_skeleton(
     device: str | torch.device = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    storage: str = "dense",
 ) -> nn.Module:
     """The model without its weights, on the meta device: for plans and counts that cost nothing."""
     precision = resolve_dtype(dtype, resolve_device(device))
-    where, options = _source(name, revision, trust_remote_code)
-    with _explained(name, "model"):
-        config = AutoConfig.from_pretrained(where, **options)
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=precision, trust_remote_code=trust_remote_code
-            )
-    return model.eval()
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    with _explained(name, "model"), torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=precision, trust_remote_code=trust_remote_code
+        )
+    return store(model.eval(), storage)
+
+
+def model_folder(name: str | Path, *, revision: str | None = None) -> Path:
+    """The folder with the safetensors files of the model `name`, fetched from the hub if it is not one here."""
+    where, options = _source(name, revision, trust_remote_code=False)
+    if "gguf_file" in options:
+        raise ModelError(f"{name}: a GGUF file; this needs the model's weights in safetensors")
+    if Path(where).is_dir():
+        return Path(where)
+    with _explained(name, "files"):
+        wanted = ["*.json", "model*.safetensors"]
+        return Path(snapshot_download(where, revision=revision, allow_patterns=wanted))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
