@@ -16,11 +16,15 @@ from lorafit.errors import UsageError
 Names = str | tuple[str, ...]
 
 
-def knob(default: Any, help: str) -> Any:
-    """A dataclass field with its sentence; a mutable default is made afresh for every instance."""
+def knob(default: Any, help: str, place: bool = False) -> Any:
+    """A dataclass field with its sentence; a mutable default is made afresh for every instance.
+
+    `place`: on the command line its value may stand without its name, in the order of the fields.
+    """
+    about = {"help": help, "place": place}
     if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: dict(default), metadata=about)
+    return field(default=default, metadata=about)
 
 
 def _positive(config: object, *names: str) -> None:
@@ -100,7 +104,7 @@ class ModelConfig:
     """The base model, and where it lives."""
 
     model: str = knob("", "hub name, local folder, or .gguf file of the base model")
-    adapter: str | None = knob(None, "adapter folder to load on top")
+    adapter: str | None = knob(None, "adapter to load on top: folder, or owner/name or owner/name@revision on the hub")
     force_base: bool = knob(False, "load the adapter even if it was made on another base model")
     revision: str | None = knob(None, "branch, tag or commit on the hub")
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = knob(

@@ -26,6 +26,7 @@ from lorafit.adapter.untrusted import explained, parse, shown
 from lorafit.adapter.weights_file import NAME, Entry, WeightsFile, open_weights
 from lorafit.errors import AdapterError, NumericError, UsageError, listing
 from lorafit.files import MANIFEST, damaged, new_folder, read_manifest, write_json, write_tensors
+from lorafit.hub import adapter_folder
 from lorafit.lora import inject
 from lorafit.lora.identity import adapter_digest, merged_digests
 from lorafit.lora.inits import factor_dtype
@@ -83,12 +84,13 @@ def unload_lora(model: nn.Module, path: str | Path | None = None) -> None:
 def load_lora(model: nn.Module, path: str | Path, *, trainable: bool = True, force_base: bool = False) -> Plan:
     """Put the adapter in the folder `path` into `model`, in place of any it carries; returns what was loaded.
 
-    The model's function then equals PEFT's with the same file. With `trainable=False` A and B are frozen as
-    well. Raises AdapterError in one line that lists every missing, unexpected, mis-shaped or non-finite
-    tensor; the model is unchanged then, and the base weights are in any case. So it does if the adapter was made
-    on another base (unless `force_base`), is already merged into this one, or is not what was saved.
+    `path` may also be `owner/name` or `owner/name@revision` on the hub. The model's function then equals PEFT's with
+    the same file. With `trainable=False` A and B are frozen as well. Raises AdapterError in one line that lists every
+    missing, unexpected, mis-shaped or non-finite tensor; the model is unchanged then, and the base weights are in any
+    case. So it does if the adapter was made on another base (unless `force_base`), is already merged into this one,
+    or is not what was saved.
     """
-    plan, tensors = _read(model, Path(path), force_base)
+    plan, tensors = _read(model, adapter_folder(path), force_base)
     inject.remove_lora(model)
     with torch.random.fork_rng(devices=[]):  # the start of A and B is overwritten: leave the caller's random numbers be
         inject.execute(model, plan)

@@ -171,13 +171,15 @@ WORDS = {
 
 
 def _parser(name: str, verb: Verb) -> "_Parser":
+    places = [field.name for cls in configs(verb).values() for field in dataclasses.fields(cls) if _placed(field)]
     parser = _Parser(
         prog=name,
-        usage=f"lorafit {name} --name value …",
+        usage=" ".join(["lorafit", name, *map(str.upper, places), "--name value …"]),
         description=verb.__doc__,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.places = places
     parser.add_argument("--config", metavar="FILE", help="TOML or YAML file with any of these; flags overrule it")
     for cls in configs(verb).values():
         group = parser.add_argument_group((cls.__doc__ or "").rstrip("."))
@@ -189,6 +191,7 @@ def _parser(name: str, verb: Verb) -> "_Parser":
 
 def _add_flag(group: Any, field: Any, hint: Any) -> None:
     text, default = field.metadata["help"], field.default
+    text += "; may stand without its name" if _placed(field) else ""
     if default not in (None, "", (), dataclasses.MISSING):
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
         text += f" (default: {shown.lower() if hint is bool else shown})"
@@ -199,6 +202,10 @@ def _add_flag(group: Any, field: Any, hint: Any) -> None:
         off = {"dest": field.name, "action": "store_const", "const": "false", "help": argparse.SUPPRESS}
         group.add_argument(_flag(f"no_{field.name}"), **off)
     group.add_argument(_flag(field.name), **flag)
+
+
+def _placed(field: Any) -> bool:
+    return bool(field.metadata["place"])
 
 
 def _metavar(hint: Any) -> str:
@@ -227,10 +234,17 @@ def _hyphens(argument: str) -> str:
 class _Parser(argparse.ArgumentParser):
     """argparse, but every complaint is raised, in one line and with the nearest name."""
 
+    places: Sequence[str] = ()
+    """Options whose values may stand without their names, in this order."""
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = self.parse_known_args(args, namespace)
+        free = iter([name for name in self.places if not hasattr(found, name)])
         for word in rest:
             flag = word.partition("=")[0]
+            if not flag.startswith("-") and (place := next(free, None)):
+                setattr(found, place, word)
+                continue
             if not flag.startswith("-"):
                 self.error(f"'{word}' belongs to no flag: everything is given as --name value")
             known = [name for name in self._option_string_actions if name.startswith("--")]
