@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorafit.errors import AdapterError, listing
@@ -57,7 +57,16 @@ def reason(error: BaseException, what: str) -> str | None:
     for kind, sentence in sentences.items():
         if kind in codes if isinstance(kind, int) else any(isinstance(e, kind) for e in found):
             return sentence
-    return None
+    return "the connection to the hub broke: try again" if lost(found) else None
+
+
+def lost(errors: Sequence[BaseException]) -> bool:
+    """Whether it was the connection that failed, and no answer that was given.
+
+    httpx's errors have no base in common with Python's, and the library's name differs between versions.
+    """
+    broken = any(isinstance(e, ConnectionError) or type(e).__module__.startswith("http") for e in errors)
+    return broken and not any(map(status, errors))
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

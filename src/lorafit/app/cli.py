@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.app import options, signals
-from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict, knob
+from lorafit.config import DataConfig, LoraConfig, ModelConfig, PushConfig, TrainConfig, as_dict, knob
 from lorafit.errors import Interrupted, LorafitError, ModelError, UsageError, nearest
 
 # --- options that only a verb has --------------------------------------------------------------------
@@ -266,6 +266,14 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: Tr
             console.print(rows.rendered(example, tokenizer, colour=console.is_terminal))
 
 
+def push(what: PushConfig) -> None:
+    """Upload an adapter or a merged model to the hub, private, with a model card made from its run."""
+    need("push", adapter=what.adapter, to=what.to)
+    from lorafit.app import hub
+
+    hub.push(what)
+
+
 VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
@@ -273,6 +281,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "merge": merge,
     "inspect": inspect,
+    "push": push,
 }
 
 # --- what they share ---------------------------------------------------------------------------------

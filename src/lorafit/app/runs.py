@@ -4,6 +4,7 @@ out/adapter/      the adapter, in PEFT's format
 out/checkpoints/  the newest states of the run, to go on from
 out/config.yaml   every setting, as resolved; `--config` reads it again
 out/log.jsonl     one JSON object per optimizer step
+out/about.json    what the data were, what was learned, and answers from before and after
 out/loss.png      the picture of it
 """
 
@@ -11,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,18 @@ from rich.console import Console
 from rich.table import Table
 
 from lorafit.app.rows import EVERY
-from lorafit.errors import CheckpointError, DiskError
+from lorafit.errors import CheckpointError, DiskError, UsageError
 from lorafit.files import append_line, write_text
-from lorafit.training.checkpoint import saved_records, state_folders
 
 Record = Mapping[str, Any]
 ADAPTER, CHECKPOINTS, CONFIG, LOG, PICTURE = "adapter", "checkpoints", "config.yaml", "log.jsonl", "loss.png"
+ABOUT = "about.json"
 
 
 def check_free(folder: Path, resume: bool = False) -> None:
     """Refuse to begin a run where there is one already."""
+    from lorafit.training.checkpoint import state_folders
+
     if resume:
         return
     if (folder / ADAPTER).exists():
@@ -39,6 +43,8 @@ def check_free(folder: Path, resume: bool = False) -> None:
 def start(folder: Path, settings: Mapping[str, Any], resume: bool = False) -> int:
     """Make the folder of a run, with its settings and the log so far; returns how many steps stand in it."""
     import yaml
+
+    from lorafit.training.checkpoint import saved_records
 
     check_free(folder, resume)
     records = saved_records(folder / CHECKPOINTS) if resume else []
@@ -133,3 +139,48 @@ def draw_losses(history: Sequence[Record], path: Path, title: str = "") -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+# --- a run that is over ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """What stands in the folder of a run. `about` is empty for a run that was not finished."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    records: Sequence[Record]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, loss) of every step that was taken."""
+        return [(record["step"], record["loss"]) for record in self.records if record.get("loss") is not None]
+
+    @property
+    def evaluations(self) -> dict[int, float]:
+        """{step: held-out loss}, where it is a number."""
+        return {r["step"]: r["eval_loss"] for r in self.records if r.get("eval_loss") is not None}
+
+
+def read_run(folder: Path) -> PastRun:
+    """The run in `folder`; UsageError if there is none, or what is there cannot be read."""
+    import yaml
+
+    folder = folder.expanduser()
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{folder} is no run: there is no {CONFIG} in it; give what train had as --out")
+    file = folder / CONFIG
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        file = folder / LOG
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        records = [json.loads(line) for line in lines]
+        file = folder / ABOUT
+        about = json.loads(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{file}: cannot be read: {type(error).__name__}") from error
+    if not isinstance(settings, dict) or not isinstance(about, dict) or not all(isinstance(r, dict) for r in records):
+        raise UsageError(f"{folder}: its files are not what a run leaves")
+    return PastRun(folder, settings, records, about)

@@ -1,0 +1,175 @@
+"""`lorafit push`: an adapter or a merged model goes to the hub, with a model card made from its run.
+
+Only files on a list go there, and it is printed first. Nothing of the training data does, and no path of this machine:
+the card and the configuration name models and data sets as the hub knows them, or by the last part of their path.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorafit.app.card import Subject, make_card, public_name
+from lorafit.app.runs import ADAPTER, PICTURE, PastRun, read_run
+from lorafit.config import PushConfig
+from lorafit.errors import AdapterError, HubBusy, HubError, UsageError, listing
+from lorafit.hub import ADAPTER_FILES, ON_HUB
+
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+AGAIN = "the same command goes on where it stopped"
+# What the hub may answer, by HTTP status or by our own word for it. A status of 500 or more is one.
+REFUSALS: dict[str | int, tuple[type[HubError], str]] = {
+    401: (HubError, "the hub does not know you: `hf auth login`, or HF_TOKEN with a token that may write"),
+    403: (HubError, "your token may not write there: huggingface.co/settings/tokens, or another owner"),
+    404: (HubError, "the hub knows no such owner, or you may not see it"),
+    429: (HubBusy, f"the hub asks to wait, there were too many requests from here: in some minutes {AGAIN}"),
+    500: (HubBusy, f"the hub has a fault of its own: later {AGAIN}"),
+    "connection": (HubBusy, f"the connection to the hub broke, or there is none: {AGAIN}"),
+    "offline": (HubError, "HF_HUB_OFFLINE is set: take it away to push"),
+    "public": (HubError, "is on the hub already, and public: --public if it shall be, else choose another name"),
+}
+
+
+def push(what: PushConfig) -> None:
+    """What `lorafit push` does."""
+    if not ON_HUB.fullmatch(what.to):
+        raise UsageError(f"'{what.to}' is no name on the hub: it is owner/name")
+    files, texts, left = contents(what)
+    print(f"to {what.to}, {'for everybody to see' if what.public else 'private'}:")
+    sizes = {name: path.stat().st_size for name, path in files.items()} | {n: len(t.encode()) for n, t in texts.items()}
+    for name, size in sorted(sizes.items()):
+        print(f"  {name:32} {size:>14,} bytes")
+    if left:
+        print(f"not on the list, so left here: {listing(left)}")
+    if what.dry_run:
+        print(f"\n{texts['README.md']}")
+        return
+    request = {"repo": what.to, "public": what.public, "message": what.message, "texts": texts}
+    answer = upload({**request, "files": {name: str(path) for name, path in files.items()}}, what.stall)
+    if "done" not in answer:
+        raise refused(what.to, answer)
+    print(answer["done"])
+    if what.public and answer["private"]:
+        print(f"{what.to} is private and stays so: on the hub, its settings make it public")
+
+
+def refused(repo: str, answer: Mapping[str, Any]) -> HubError:
+    """The error for an answer that is no success."""
+    code = answer["refused"]
+    kind, sentence = REFUSALS.get(500 if isinstance(code, int) and code >= 500 else code, (HubError, "refused"))
+    return kind(f"{repo}: {sentence}" + (f" ({answer['said'][:240]})" if sentence == "refused" else ""))
+
+
+# --- what goes there ---------------------------------------------------------------------------------
+
+
+def contents(what: PushConfig) -> tuple[dict[str, Path], dict[str, str], list[str]]:
+    """Files that go as they are, files that are written for it, and names in the folder that stay here."""
+    folder = Path(what.adapter).expanduser()
+    if (folder / ADAPTER / ADAPTER_FILES[0]).is_file():
+        folder = folder / ADAPTER
+    run = read_run(Path(what.run)) if what.run else _run_around(folder)
+    texts: dict[str, str] = {}
+    if (folder / ADAPTER_FILES[0]).is_file():
+        subject = _adapter(folder, what.base_model, run)
+        allowed: Iterable[str] = ADAPTER_FILES[1:]
+        texts[ADAPTER_FILES[0]] = json.dumps(subject.config, indent=2, sort_keys=True) + "\n"
+    elif (folder / "config.json").is_file():
+        subject = _model(what.base_model, run)
+        allowed = MODEL_FILES
+    else:
+        raise AdapterError(f"{folder}: neither an adapter, nor a run with one, nor a model folder")
+    _check_whole(folder)
+    files = {path.name: path for pattern in allowed for path in sorted(folder.glob(pattern)) if path.is_file()}
+    if not any(name.endswith(".safetensors") for name in files):
+        raise AdapterError(f"{folder}: there are no weights in it (safetensors)")
+    if run and (run.folder / PICTURE).is_file():
+        files[PICTURE] = run.folder / PICTURE
+    texts["README.md"] = make_card(subject, run, what.to, what.license, picture=PICTURE in files)
+    here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return files, texts, sorted(here - files.keys() - texts.keys() - {"manifest.json"})
+
+
+def _run_around(folder: Path) -> PastRun | None:
+    parent = folder.resolve().parent
+    return read_run(parent) if folder.resolve().name == ADAPTER and (parent / "config.yaml").is_file() else None
+
+
+def _adapter(folder: Path, base_model: str | None, run: PastRun | None) -> Subject:
+    """What an adapter is; its configuration names the base as the hub knows it."""
+    from lorafit.adapter.peft_config import read_config
+
+    read_config(folder)  # refuses what is none
+    config = json.loads((folder / ADAPTER_FILES[0]).read_bytes())
+    base = base_model or public_name(config.get("base_model_name_or_path") or "")
+    if not base_model and base and not ON_HUB.fullmatch(base):
+        print(f"the base model is a folder here: --base-model owner/name names it for others (now '{base}')")
+    return Subject(base=base, config={**config, "base_model_name_or_path": base or None})
+
+
+def _model(base_model: str | None, run: PastRun | None) -> Subject:
+    return Subject(base=base_model or public_name(run.settings.get("model", "") if run else ""), config=None)
+
+
+def _check_whole(folder: Path) -> None:
+    from lorafit.files import damaged
+
+    if broken := damaged(folder):
+        raise AdapterError(f"{folder}: {'; '.join(broken)}: it is not what was saved, and not pushed")
+
+
+# --- the process that sends it -----------------------------------------------------------------------
+
+
+def upload(request: Mapping[str, Any], stall: float) -> dict[str, Any]:
+    """Have `upload.py` do it, and end it if it says nothing for `stall` seconds, or we are ended."""
+    drawn = sys.stderr.isatty() and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "0") in ("", "0")
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "lorafit.app.upload"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=None if drawn else subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,  # Ctrl-C is for us: we end it
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            child.stdin.write(json.dumps(request).encode())
+            child.stdin.close()
+            heard = b""
+            while True:
+                ready, _, _ = select.select([child.stdout], [], [], stall)
+                if not ready:
+                    raise HubBusy(
+                        f"{request['repo']}: not a byte moved for {stall:g} seconds (--stall): {AGAIN}; should it stop "
+                        "there again, HF_HUB_DISABLE_XET=1 takes the older way to the hub"
+                    )
+                piece = os.read(child.stdout.fileno(), 2**16)
+                if not piece:
+                    raise HubBusy(f"{request['repo']}: the sending process ended with code {child.wait()}: {AGAIN}")
+                *lines, heard = (heard + piece).split(b"\n")
+                for answer in map(json.loads, lines):
+                    if answer:
+                        return dict(answer)
+        finally:
+            child.kill()
