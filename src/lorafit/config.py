@@ -1,6 +1,6 @@
 """Every knob, its default and its sentence, declared once: flags, config files and docs are made from these.
 
-Field names are unique over the four classes of a run, so that the command line and config files stay flat:
+Field names are unique over all four classes, so that the command line and config files stay flat:
 `--lr 1e-4`, `lr = 1e-4`.
 """
 
@@ -16,15 +16,11 @@ from lorafit.errors import UsageError
 Names = str | tuple[str, ...]
 
 
-def knob(default: Any, help: str, place: bool = False) -> Any:
-    """A dataclass field with its sentence; a mutable default is made afresh for every instance.
-
-    `place`: on the command line its value may stand without its name, in the order of the fields.
-    """
-    about = {"help": help, "place": place}
+def knob(default: Any, help: str) -> Any:
+    """A dataclass field with its sentence; a mutable default is made afresh for every instance."""
     if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=about)
-    return field(default=default, metadata=about)
+        return field(default_factory=lambda: dict(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 def _positive(config: object, *names: str) -> None:
@@ -177,24 +173,6 @@ class TrainConfig:
         if self.warmup < 0 or self.weight_decay < 0:
             raise UsageError("warmup and weight_decay must not be negative")
         object.__setattr__(self, "betas", tuple(self.betas))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushConfig:
-    """What goes to the hub, and where."""
-
-    adapter: str = knob("", "folder of an adapter, of a run, or of a merged model", place=True)
-    to: str = knob("", "owner/name on the hub", place=True)
-    run: str | None = knob(None, "folder of the run, for the model card; none: the folder that the adapter is in")
-    base_model: str | None = knob(None, "the base model's name on the hub, where the run had it from a folder")
-    license: str | None = knob(None, "licence to state in the model card, as the hub spells it; none: left to you")
-    public: bool = knob(False, "let everybody see it; a new repository is private otherwise")
-    message: str = knob("Upload with lorafit", "message of the commit")
-    stall: float = knob(300.0, "give up after so many seconds in which not a byte moved")
-    dry_run: bool = knob(False, "print the list of files and the model card, and send nothing")
-
-    def __post_init__(self) -> None:
-        _positive(self, "stall")
 
 
 def as_dict(*configs: Any) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def test_a_damaged_adapter_is_not_pushed(
         (["RUN"], 2, "push needs --to"),
         (["RUN", "name"], 2, "'name' is no name on the hub: it is owner/name"),
         (["RUN", "own/er", "more"], 2, "'more' belongs to no flag"),
-        (["RUN", "own/er", "--stall", "0"], 2, "stall must be a number greater than 0"),
+        (["RUN", "own/er", "--stall", "0"], 2, "stall must be greater than 0, not 0"),
         (["./nowhere", "own/er"], 5, "nowhere: neither an adapter, nor a run with one, nor a model folder"),
         (["RUN", "own/er", "--run", "./nowhere"], 2, "nowhere is no run: there is no config.yaml in it"),
     ],

@@ -12,18 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.app import options, signals
-from lorafit.config import DataConfig, LoraConfig, ModelConfig, PushConfig, TrainConfig, as_dict, knob
+from lorafit.app import options, sharing, signals
+from lorafit.app.common import OutConfig, base, make_console, need, say, source, with_adapter
+from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict, knob
 from lorafit.errors import Interrupted, LorafitError, ModelError, UsageError, nearest
 
 # --- options that only a verb has --------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutConfig:
-    """Where the result goes"""
-
-    out: str = knob("", "folder to write")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,14 +260,6 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: Tr
             console.print(rows.rendered(example, tokenizer, colour=console.is_terminal))
 
 
-def push(what: PushConfig) -> None:
-    """Upload an adapter or a merged model to the hub, private, with a model card made from its run."""
-    need("push", adapter=what.adapter, to=what.to)
-    from lorafit.app import hub
-
-    hub.push(what)
-
-
 VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
@@ -281,43 +267,10 @@ VERBS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "merge": merge,
     "inspect": inspect,
-    "push": push,
+    "push": sharing.push,
 }
 
 # --- what they share ---------------------------------------------------------------------------------
-
-
-def need(verb: str, **values: str | None) -> None:
-    """Refuse a command line that lacks one of `values`."""
-    for name, value in values.items():
-        if not value:
-            raise UsageError(f"{verb} needs --{name} (lorafit {verb} --help)")
-
-
-def source(model: ModelConfig) -> dict[str, Any]:
-    """Where the base model comes from, as keywords of lorafit.model.load."""
-    return {"name": model.model, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
-
-
-def base(model: ModelConfig) -> dict[str, Any]:
-    """The same with its precision and device."""
-    return {**source(model), "dtype": model.dtype, "device": model.device}
-
-
-def with_adapter(model: ModelConfig) -> dict[str, Any]:
-    """The same with its adapter."""
-    return {**base(model), "adapter": model.adapter, "force_base": model.force_base}
-
-
-def make_console() -> Any:
-    """Plain text comes out as it is: nothing wrapped, nothing in brackets taken for markup."""
-    from rich.console import Console
-
-    return Console(markup=False, highlight=False, soft_wrap=True)
-
-
-def say(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 def typed() -> Iterator[str]:

@@ -9,14 +9,15 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorafit.app.card import Subject, make_card, public_name
 from lorafit.app.runs import ADAPTER, PICTURE, PastRun, read_run
-from lorafit.config import PushConfig
 from lorafit.errors import AdapterError, HubBusy, HubError, UsageError, listing
+from lorafit.files import MANIFEST, damaged
 from lorafit.hub import ADAPTER_FILES, ON_HUB
 
 MODEL_FILES = (
@@ -48,27 +49,33 @@ REFUSALS: dict[str | int, tuple[type[HubError], str]] = {
 }
 
 
-def push(what: PushConfig) -> None:
-    """What `lorafit push` does."""
-    if not ON_HUB.fullmatch(what.to):
-        raise UsageError(f"'{what.to}' is no name on the hub: it is owner/name")
-    files, texts, left = contents(what)
-    print(f"to {what.to}, {'for everybody to see' if what.public else 'private'}:")
-    sizes = {name: path.stat().st_size for name, path in files.items()} | {n: len(t.encode()) for n, t in texts.items()}
-    for name, size in sorted(sizes.items()):
-        print(f"  {name:32} {size:>14,} bytes")
-    if left:
-        print(f"not on the list, so left here: {listing(left)}")
-    if what.dry_run:
-        print(f"\n{texts['README.md']}")
-        return
-    request = {"repo": what.to, "public": what.public, "message": what.message, "texts": texts}
-    answer = upload({**request, "files": {name: str(path) for name, path in files.items()}}, what.stall)
+@dataclass(frozen=True)
+class Parcel:
+    """Files that go as they are, files that are written for it, and names in the folder that stay here.
+
+    `str(parcel)` is the list that a person reads before anything is sent.
+    """
+
+    files: Mapping[str, Path]
+    texts: Mapping[str, str]
+    left: Sequence[str]
+
+    def __str__(self) -> str:
+        sizes = {name: path.stat().st_size for name, path in self.files.items()}
+        sizes |= {name: len(text.encode()) for name, text in self.texts.items()}
+        lines = [f"  {name:32} {size:>14,} bytes" for name, size in sorted(sizes.items())]
+        return "\n".join(lines + ([f"not on the list, so left here: {listing(self.left)}"] if self.left else []))
+
+
+def send(parcel: Parcel, repo: str, *, public: bool, message: str, stall: float) -> str:
+    """Upload it in one commit; returns what to tell. HubError, or HubBusy where trying again helps."""
+    files = {name: str(path) for name, path in parcel.files.items()}
+    request = {"repo": repo, "public": public, "message": message, "files": files, "texts": parcel.texts}
+    answer = upload(request, stall)
     if "done" not in answer:
-        raise refused(what.to, answer)
-    print(answer["done"])
-    if what.public and answer["private"]:
-        print(f"{what.to} is private and stays so: on the hub, its settings make it public")
+        raise refused(repo, answer)
+    kept = f"\n{repo} is private and stays so: its settings on the hub can change that"
+    return f"{answer['done']}{kept if public and answer['private'] else ''}"
 
 
 def refused(repo: str, answer: Mapping[str, Any]) -> HubError:
@@ -81,31 +88,45 @@ def refused(repo: str, answer: Mapping[str, Any]) -> HubError:
 # --- what goes there ---------------------------------------------------------------------------------
 
 
-def contents(what: PushConfig) -> tuple[dict[str, Path], dict[str, str], list[str]]:
-    """Files that go as they are, files that are written for it, and names in the folder that stay here."""
-    folder = Path(what.adapter).expanduser()
+def pack(
+    place: str | Path,
+    repo: str,
+    *,
+    run: str | Path | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> Parcel:
+    """What of the adapter, run or merged model at `place` goes to `repo`, with a card from `run`.
+
+    `run` is by default the folder that the adapter is in; `base_model` the base's name on the hub, by default what
+    the configuration says. Refuses a folder that is none of the three, or is damaged.
+    """
+    if not ON_HUB.fullmatch(repo):
+        raise UsageError(f"'{repo}' is no name on the hub: it is owner/name")
+    folder = Path(place).expanduser()
     if (folder / ADAPTER / ADAPTER_FILES[0]).is_file():
         folder = folder / ADAPTER
-    run = read_run(Path(what.run)) if what.run else _run_around(folder)
+    past = read_run(Path(run)) if run else _run_around(folder)
     texts: dict[str, str] = {}
+    allowed: Sequence[str] = MODEL_FILES
     if (folder / ADAPTER_FILES[0]).is_file():
-        subject = _adapter(folder, what.base_model, run)
-        allowed: Iterable[str] = ADAPTER_FILES[1:]
+        subject = _adapter(folder, base_model)
+        allowed = ADAPTER_FILES[1:]
         texts[ADAPTER_FILES[0]] = json.dumps(subject.config, indent=2, sort_keys=True) + "\n"
     elif (folder / "config.json").is_file():
-        subject = _model(what.base_model, run)
-        allowed = MODEL_FILES
+        subject = Subject(base_model or public_name(str(past.settings.get("model") or "") if past else ""), None)
     else:
         raise AdapterError(f"{folder}: neither an adapter, nor a run with one, nor a model folder")
-    _check_whole(folder)
+    if broken := damaged(folder):
+        raise AdapterError(f"{folder}: {'; '.join(broken)}: it is not what was saved, and not pushed")
     files = {path.name: path for pattern in allowed for path in sorted(folder.glob(pattern)) if path.is_file()}
     if not any(name.endswith(".safetensors") for name in files):
         raise AdapterError(f"{folder}: there are no weights in it (safetensors)")
-    if run and (run.folder / PICTURE).is_file():
-        files[PICTURE] = run.folder / PICTURE
-    texts["README.md"] = make_card(subject, run, what.to, what.license, picture=PICTURE in files)
+    if past and (past.folder / PICTURE).is_file():
+        files[PICTURE] = past.folder / PICTURE
+    texts["README.md"] = make_card(subject, past, repo, license, picture=PICTURE in files)
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return files, texts, sorted(here - files.keys() - texts.keys() - {"manifest.json"})
+    return Parcel(files, texts, sorted(here - files.keys() - texts.keys() - {MANIFEST}))
 
 
 def _run_around(folder: Path) -> PastRun | None:
@@ -113,27 +134,16 @@ def _run_around(folder: Path) -> PastRun | None:
     return read_run(parent) if folder.resolve().name == ADAPTER and (parent / "config.yaml").is_file() else None
 
 
-def _adapter(folder: Path, base_model: str | None, run: PastRun | None) -> Subject:
+def _adapter(folder: Path, base_model: str | None) -> Subject:
     """What an adapter is; its configuration names the base as the hub knows it."""
     from lorafit.adapter.peft_config import read_config
 
     read_config(folder)  # refuses what is none
     config = json.loads((folder / ADAPTER_FILES[0]).read_bytes())
     base = base_model or public_name(config.get("base_model_name_or_path") or "")
-    if not base_model and base and not ON_HUB.fullmatch(base):
+    if base and not ON_HUB.fullmatch(base):
         print(f"the base model is a folder here: --base-model owner/name names it for others (now '{base}')")
     return Subject(base=base, config={**config, "base_model_name_or_path": base or None})
-
-
-def _model(base_model: str | None, run: PastRun | None) -> Subject:
-    return Subject(base=base_model or public_name(run.settings.get("model", "") if run else ""), config=None)
-
-
-def _check_whole(folder: Path) -> None:
-    from lorafit.files import damaged
-
-    if broken := damaged(folder):
-        raise AdapterError(f"{folder}: {'; '.join(broken)}: it is not what was saved, and not pushed")
 
 
 # --- the process that sends it -----------------------------------------------------------------------
