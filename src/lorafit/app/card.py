@@ -1,6 +1,5 @@
 """The model card of an adapter or a merged model, made from its run."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,17 +113,20 @@ def evaluation(run: PastRun) -> dict[str, str]:
 
 
 def settings(run: PastRun) -> str:
-    """The settings as they were, without paths of the machine they were used on."""
+    """The settings as lines of YAML."""
     import yaml
 
-    places = ("model", "data", "eval_data", "adapter", "chat_template", "out")
-    said = {
+    return str(yaml.safe_dump(public_settings(run), sort_keys=False, allow_unicode=True))
+
+
+def public_settings(run: PastRun) -> dict[str, Any]:
+    """The settings as they were, without paths of the machine they were used on."""
+    places = ("model", "data", "eval_data", "adapter", "chat_template")
+    return {
         name: public_name(value) if name in places and isinstance(value, str) else value
         for name, value in run.settings.items()
         if name != "out"
     }
-    lines = yaml.safe_dump(json.loads(json.dumps(said)), sort_keys=False, allow_unicode=True)
-    return str(lines)
 
 
 def table(rows: Mapping[str, str]) -> str:

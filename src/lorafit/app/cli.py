@@ -28,6 +28,18 @@ class ResumeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FollowConfig:
+    """How the run can be followed, and what is kept of it"""
+
+    samples: int = knob(3, "rows whose answers without and with the adapter are kept for `lorafit report`")
+    sample_tokens: int = knob(64, "longest of these answers in tokens")
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.sample_tokens < 0:
+            raise UsageError("samples and sample_tokens must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnswerConfig:
     """How answers are made"""
 
@@ -78,7 +90,13 @@ def demo(config: DemoConfig) -> None:
 
 
 def train(
-    model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, out: OutConfig, again: ResumeConfig
+    model: ModelConfig,
+    lora: LoraConfig,
+    data: DataConfig,
+    training: TrainConfig,
+    follow: FollowConfig,
+    out: OutConfig,
+    again: ResumeConfig,
 ) -> None:
     """Fine-tune a model on a data file; save the adapter, the settings, the log and the loss curve."""
     need("train", model=model.model, data=data.data, out=out.out)
@@ -92,30 +110,38 @@ def train(
     with lock(folder):
         sweep(folder)
         runs.check_free(folder, again.resume)
-        fine_tune(model, lora, data, training, folder, again.resume)
+        fine_tune(model, lora, data, training, follow, folder, again.resume)
 
 
 def fine_tune(
-    model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, folder: Path, resume: bool
+    model: ModelConfig,
+    lora: LoraConfig,
+    data: DataConfig,
+    training: TrainConfig,
+    follow: FollowConfig,
+    folder: Path,
+    resume: bool,
 ) -> None:
     """What `train` does in `folder`, which is its own."""
     import torch
 
     from lorafit.adapter.peft_format import load_lora, save_lora
     from lorafit.app import rows, runs
+    from lorafit.app.about import about
+    from lorafit.files import write_json
     from lorafit.lora.inject import add_lora
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
 
     console = make_console()
     examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), training.seed)
-    net, _ = load_model(**base(model))
+    net, tokenizer = load_model(**base(model))
     torch.manual_seed(training.seed)  # the start of A
     plan = load_lora(net, model.adapter, force_base=model.force_base) if model.adapter else add_lora(net, lora)
     console.print(f"{plan}\n{rows.summary(examples, held_out)}")
     batches = rows.make_batches(examples, data, seed=training.seed)
     evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
-    settings = as_dict(model, lora, data, training, OutConfig(out=str(folder)))
+    settings = as_dict(model, lora, data, training, follow, OutConfig(out=str(folder)))
     done = runs.start(folder, settings, resume=resume)
     place = {"resume" if resume else "checkpoints": folder / runs.CHECKPOINTS}
     with signals.noted(), runs.progress(console, loop.count_steps(training, batches), folder / runs.LOG, done) as show:
@@ -131,9 +157,12 @@ def fine_tune(
         )
     adapter = save_lora(net, folder / runs.ADAPTER, base_model=model.model)
     runs.draw_losses(result.history, folder / runs.PICTURE, title=f"{model.model} on {data.data}")
+    kept = {"count": follow.samples, "tokens": follow.sample_tokens}
+    write_json(folder / runs.ABOUT, about(net, tokenizer, plan, adapter, examples, held_out, **kept))
     console.print(runs.epochs_table(result.epoch_losses, result.evaluations, batches.steps_per_epoch))
     console.print(f"adapter {adapter}, log {folder / runs.LOG}, picture {folder / runs.PICTURE}")
     console.print(f"talk to it: lorafit chat --model {model.model} --adapter {adapter}")
+    console.print(f"show it: lorafit report {folder}")
 
 
 def evaluate(model: ModelConfig, data: DataConfig, seed: SeedConfig) -> None:
@@ -268,6 +297,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "merge": merge,
     "inspect": inspect,
     "push": sharing.push,
+    "report": sharing.report,
 }
 
 # --- what they share ---------------------------------------------------------------------------------

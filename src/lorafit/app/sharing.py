@@ -1,6 +1,7 @@
-"""The verbs that hand a result to others: push it to the hub."""
+"""The verbs that hand a result to others: push it to the hub, put a run on a page."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lorafit.app.common import need
 from lorafit.app.options import bare
@@ -27,6 +28,14 @@ class PushConfig:
             raise UsageError(f"stall must be greater than 0, not {self.stall!r}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """The run"""
+
+    run: str = knob("", "folder of the run")
+    page: str | None = knob(None, "file to write; none: report.html in that folder")
+
+
 @bare("adapter", "to")
 def push(what: PushConfig) -> None:
     """Upload an adapter or a merged model to the hub, private, with a model card made from its run."""
@@ -39,3 +48,16 @@ def push(what: PushConfig) -> None:
         print(f"\n{parcel.texts['README.md']}")
     else:
         print(hub.send(parcel, what.to, public=what.public, message=what.message, stall=what.stall))
+
+
+@bare("run")
+def report(what: ReportConfig) -> None:
+    """Put a run on one HTML page that needs no other file and no network: curves, answers, layers, data, settings."""
+    need("report", run=what.run)
+    from lorafit.app.report import write_report
+    from lorafit.app.runs import read_run
+
+    run = read_run(Path(what.run))
+    page = Path(what.page).expanduser() if what.page else run.folder / "report.html"
+    write_report(run, page)
+    print(page)
