@@ -116,15 +116,15 @@ def settings(run: PastRun) -> str:
     """The settings as lines of YAML."""
     import yaml
 
-    return str(yaml.safe_dump(public_settings(run), sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(public_settings(run.settings), sort_keys=False, allow_unicode=True))
 
 
-def public_settings(run: PastRun) -> dict[str, Any]:
+def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings as they were, without paths of the machine they were used on."""
     places = ("model", "data", "eval_data", "adapter", "chat_template")
     return {
         name: public_name(value) if name in places and isinstance(value, str) else value
-        for name, value in run.settings.items()
+        for name, value in settings.items()
         if name != "out"
     }
 

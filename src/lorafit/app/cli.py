@@ -31,6 +31,7 @@ class ResumeConfig:
 class FollowConfig:
     """How the run can be followed, and what is kept of it"""
 
+    track: tuple[str, ...] = knob((), "also tell tensorboard, wandb or trackio of each step (where installed)")
     samples: int = knob(3, "rows whose answers without and with the adapter are kept for `lorafit report`")
     sample_tokens: int = knob(64, "longest of these answers in tokens")
 
@@ -103,9 +104,11 @@ def train(
     if model.adapter and lora != LoraConfig():
         raise UsageError("an adapter brings its own settings: with --adapter leave the LoRA flags out")
     from lorafit.app import runs
+    from lorafit.app.trackers import check_trackers
     from lorafit.files import sweep
     from lorafit.locks import lock
 
+    check_trackers(follow.track)
     folder = Path(out.out)
     with lock(folder):
         sweep(folder)
@@ -128,6 +131,7 @@ def fine_tune(
     from lorafit.adapter.peft_format import load_lora, save_lora
     from lorafit.app import rows, runs
     from lorafit.app.about import about
+    from lorafit.app.trackers import following
     from lorafit.files import write_json
     from lorafit.lora.inject import add_lora
     from lorafit.model.load import load_model, load_tokenizer
@@ -144,7 +148,12 @@ def fine_tune(
     settings = as_dict(model, lora, data, training, follow, OutConfig(out=str(folder)))
     done = runs.start(folder, settings, resume=resume)
     place = {"resume" if resume else "checkpoints": folder / runs.CHECKPOINTS}
-    with signals.noted(), runs.progress(console, loop.count_steps(training, batches), folder / runs.LOG, done) as show:
+    steps = loop.count_steps(training, batches)
+    with (
+        following(follow.track, folder, settings, done, console.print) as tell,
+        signals.noted(),
+        runs.progress(console, steps, folder / runs.LOG, done, tell) as show,
+    ):
         result = loop.train(
             net,
             batches,

@@ -211,7 +211,7 @@ def course(run: PastRun) -> str:
 def settings(run: PastRun) -> str:
     """Every setting; those that are not the default come first, in bold."""
     defaults = as_dict(ModelConfig(), LoraConfig(), DataConfig(), TrainConfig())
-    given = public_settings(run)
+    given = public_settings(run.settings)
     changed = {name: value for name, value in given.items() if name in defaults and value != defaults[name]}
     rest = {name: value for name, value in given.items() if name not in changed}
     rows = [f"<tr><td>{escape(n)}</td><td><strong>{said(v)}</strong></td></tr>" for n, v in changed.items()]

@@ -56,8 +56,10 @@ def start(folder: Path, settings: Mapping[str, Any], resume: bool = False) -> in
 
 
 @contextmanager
-def progress(console: Console, steps: int, log: Path, done: int = 0) -> Iterator[Callable[[Record], None]]:
-    """Yields the `on_step` that logs each record and shows it: as a bar, or in a line now and then."""
+def progress(
+    console: Console, steps: int, log: Path, done: int = 0, tell: Callable[[Record], None] = lambda record: None
+) -> Iterator[Callable[[Record], None]]:
+    """Yields the `on_step` that logs each record, tells it, and shows it: as a bar, or in a line now and then."""
     if console.is_terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -72,6 +74,7 @@ def progress(console: Console, steps: int, log: Path, done: int = 0) -> Iterator
 
             def draw(record: Record) -> None:
                 append_line(log, record)
+                tell(record)
                 bar.update(task, advance=1, description=sentence(record))
                 if "eval_loss" in record:
                     bar.print(f"step {record['step'] + 1}: held-out loss {number(record['eval_loss'], '.4f')}")
@@ -80,15 +83,16 @@ def progress(console: Console, steps: int, log: Path, done: int = 0) -> Iterator
         return
     last = -EVERY
 
-    def tell(record: Record) -> None:
+    def write(record: Record) -> None:
         nonlocal last
         append_line(log, record)
+        tell(record)
         step, now = record["step"] + 1, time.monotonic()
         if now - last >= EVERY or step == steps or "eval_loss" in record:
             last = now
             console.print(f"step {step}/{steps}  {sentence(record)}")
 
-    yield tell
+    yield write
 
 
 def sentence(record: Record) -> str:
