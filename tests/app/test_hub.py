@@ -20,6 +20,7 @@ from torch import nn
 
 from lorafit import LoraConfig, add_lora, load_lora, merge_lora, save_lora
 from lorafit.app import hub as app_hub
+from lorafit.app import upload as app_upload
 from lorafit.app.card import Subject, make_card, public_name, vllm
 from lorafit.app.cli import main
 from lorafit.app.runs import read_run
@@ -138,6 +139,18 @@ def test_a_folder_here_goes_before_a_name_on_the_hub(
     assert hub.heard == []
 
 
+def test_what_was_fetched_once_is_there_without_the_hub(
+    hub: Hub, trained: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_there(hub, trained / "adapter")
+    folder = adapter_folder("own/er")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert adapter_folder("own/er") == folder
+    load_lora(tiny("llama"), "own/er")
+    with pytest.raises(AdapterError, match=r"^own/other: .* the hub cannot be reached$"):
+        load_lora(tiny("llama"), "own/other")
+
+
 def test_verbs_take_an_adapter_from_the_hub(
     hub: Hub, trained: Path, tmp_path: Path, tiny: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,8 +204,26 @@ def test_only_the_list_goes_and_no_path_of_this_machine(
     assert b"patients.jsonl" in sent  # the last part of the path: which data it was
 
 
+def test_a_relative_path_is_one_even_where_it_leads_nowhere(trained: Path, tmp_path: Path) -> None:
+    """`models/base` looks like a name on the hub; the run knows that it was a folder."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    (run / "adapter" / "manifest.json").unlink()
+    config["base_model_name_or_path"] = "models/base"
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (run / "config.yaml").write_text("model: models/base\ndata: private/rows\nlr: 0.001\n")
+    for about, base in ({}, "models/base"), ({"local": ["model", "data"]}, "base"):
+        (run / "about.json").write_text(json.dumps(about))
+        parcel = app_hub.pack(run, "own/er")
+        assert json.loads(parcel.texts["adapter_config.json"])["base_model_name_or_path"] == base
+        assert ("private/" in parcel.texts["README.md"]) == (about == {})
+        assert ("--base-model" in str(parcel)) == (base == "base")
+
+
 def test_nothing_is_sent_in_a_dry_run(hub: Hub, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert push(str(trained), "own/er", "--dry-run") == 0
+    assert "its base model is called base there: --base-model owner/name" in capsys.readouterr().out
+    assert push(str(trained), "own/er", "--dry-run", "--base-model", "own/base") == 0
     assert "| last loss per supervised token | 1.2500 |" in capsys.readouterr().out
     assert hub.heard == []
 
@@ -322,6 +353,21 @@ def test_a_push_that_was_cut_off_goes_on(hub: Hub, trained: Path) -> None:
     assert "adapter_model.safetensors" in hub.repos["own/er"].revisions["main"]
 
 
+def test_bytes_that_move_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import tqdm
+
+    monkeypatch.setattr(tqdm, "update", tqdm.update)  # put back afterwards
+    monkeypatch.setattr(app_upload, "TELL_EVERY", 0)
+    told: list[bool] = []
+    app_upload.count_bytes(lambda: told.append(True))
+    for drawn in (True, False):
+        with tqdm(total=9, disable=not drawn) as bar:
+            bar.update(0)
+            assert not told
+            bar.update(4)
+            assert told.pop()
+
+
 def test_a_push_without_progress_ends(
     hub: Hub, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -401,5 +447,7 @@ def test_names_without_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "a" / "b").mkdir()
     for name in ("meta/llama", "meta/set:train[:1%]", ""):
         assert public_name(name) == name
-    for name, end in {"a/b": "b", "/home/me/rows.jsonl": "rows.jsonl", "./x/rows.jsonl": "rows.jsonl"}.items():
+    paths = {"a/b": "b", "/home/me/rows.jsonl": "rows.jsonl", "./x/rows.jsonl": "rows.jsonl", "x/y.gguf": "y.gguf"}
+    for name, end in paths.items():
         assert public_name(name) == end
+    assert public_name("models/base", local=True) == "base"

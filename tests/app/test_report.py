@@ -147,7 +147,10 @@ def test_the_verb_writes_the_page(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "to" / "page.html").read_bytes() == (run / "report.html").read_bytes()
     assert main(["report", str(tmp_path / "to")]) == 2
     assert "is no run: there is no config.yaml in it" in capsys.readouterr().err
-    (run / "log.jsonl").write_text('{"step": 0')
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 900, "lo')  # cut off by a crash
+    assert len(read_run(run).records) == 900
+    (run / "log.jsonl").write_text('{"step": 0\n')
     assert main(["report", str(run)]) == 2
     assert "log.jsonl: cannot be read" in capsys.readouterr().err
 

@@ -4,7 +4,7 @@ The data in numbers, how much each layer was changed, and a few answers from bef
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,13 +43,15 @@ def about(
     rows: Sequence[Example],
     held_out: Sequence[Example],
     *,
+    settings: Mapping[str, Any],
     count: int,
     tokens: int,
 ) -> dict[str, Any]:
     """All of it, as JSON. `adapter` is the folder where it was saved; `count` rows, held out if there are any, are
     answered with at most `tokens` tokens. That the model cannot answer them does not end the run."""
-    facts = {
+    facts: dict[str, Any] = {
         "lorafit": __version__,
+        "local": [name for name, value in settings.items() if isinstance(value, str) and _is_path(value)],
         "torch": torch.__version__,
         "model": {"class": type(model).__name__, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")},
         "plan": {"text": str(plan), "trainable": plan.trainable, "total": plan.total},
@@ -125,3 +127,7 @@ def text(tokenizer: Any, ids: Sequence[int]) -> str:
     """An answer, without the tokens that only end it."""
     decoded: str = tokenizer.decode(ids, skip_special_tokens=True)
     return decoded.strip()
+
+
+def _is_path(value: str) -> bool:
+    return bool(value) and Path(value.partition(":")[0]).expanduser().exists()

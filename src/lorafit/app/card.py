@@ -1,7 +1,7 @@
 """The model card of an adapter or a merged model, made from its run."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,10 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be: vllm/config/lora.py, `MaxLoRARanks`, in vLLM 0.26."""
 
 
+FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".gguf", ".jinja")
+"""Endings of files: what is called so is none of the hub's names, though it may look like one."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """What the card is about: the base model's name, and the adapter's configuration (None: a merged model)."""
@@ -22,10 +26,14 @@ class Subject:
     config: Mapping[str, Any] | None
 
 
-def public_name(name: str) -> str:
-    """What others may know of where a model or data set came from: its name on the hub, or the end of its path."""
-    path = Path(name.partition(":")[0]).expanduser()
-    return name if ON_HUB.fullmatch(name.partition(":")[0]) and not path.exists() else Path(name).name
+def public_name(name: str, local: bool = False) -> str:
+    """What others may know of where a model or data set came from: its name on the hub, or the end of its path.
+
+    `local`: it is known to have been a path, whatever there is now.
+    """
+    plain = name.partition(":")[0]
+    here = local or Path(plain).expanduser().exists() or Path(plain).suffix in FILES
+    return name if ON_HUB.fullmatch(plain) and not here else Path(name).name
 
 
 def make_card(subject: Subject, run: PastRun | None, repo: str, license: str | None, picture: bool) -> str:
@@ -46,7 +54,7 @@ def front_matter(subject: Subject, run: PastRun | None, license: str | None) -> 
     import yaml
 
     adapter = subject.config is not None
-    data = public_name(str(run.settings.get("data") or "")).partition(":")[0] if run else ""
+    data = run_name(run, "data").partition(":")[0] if run else ""
     fields = {
         "base_model": subject.base if ON_HUB.fullmatch(subject.base) else None,
         "base_model_relation": ("adapter" if adapter else "finetune") if ON_HUB.fullmatch(subject.base) else None,
@@ -88,7 +96,7 @@ def figures(run: PastRun) -> dict[str, str]:
     """What a run was, in a few rows."""
     data = run.about.get("data", {})
     rows = {
-        "data": public_name(str(run.settings.get("data", ""))),
+        "data": run_name(run, "data"),
         "rows": f"{data['rows']:,} to train on, {data['held_out']:,} held out" if data else "",
         "tokens": f"{data['tokens']:,}, of which {data['supervised']:,} carry loss" if data else "",
         "steps": f"{len(run.records):,}",
@@ -116,22 +124,28 @@ def settings(run: PastRun) -> str:
     """The settings as lines of YAML."""
     import yaml
 
-    return str(yaml.safe_dump(public_settings(run.settings), sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(public_settings(run.settings, run.local), sort_keys=False, allow_unicode=True))
 
 
-def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as they were, without paths of the machine they were used on."""
+def public_settings(settings: Mapping[str, Any], local: Collection[str] = ()) -> dict[str, Any]:
+    """The settings as they were, without paths of the machine they were used on; `local` are known to hold one."""
     places = ("model", "data", "eval_data", "adapter", "chat_template")
     return {
-        name: public_name(value) if name in places and isinstance(value, str) else value
+        name: public_name(value, name in local) if name in places and isinstance(value, str) else value
         for name, value in settings.items()
         if name != "out"
     }
 
 
+def run_name(run: PastRun, setting: str) -> str:
+    """What others may know of one setting."""
+    return public_name(str(run.settings.get(setting) or ""), setting in run.local)
+
+
 def table(rows: Mapping[str, str]) -> str:
     """A table of two columns in Markdown."""
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 # --- how to load it ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.app.card import Subject, make_card, public_name
+from lorafit.app.card import Subject, make_card, public_name, run_name
 from lorafit.app.runs import ADAPTER, PICTURE, PastRun, read_run
 from lorafit.errors import AdapterError, HubBusy, HubError, UsageError, listing
 from lorafit.files import MANIFEST, damaged
@@ -51,7 +51,7 @@ REFUSALS: dict[str | int, tuple[type[HubError], str]] = {
 
 @dataclass(frozen=True)
 class Parcel:
-    """Files that go as they are, files that are written for it, and names in the folder that stay here.
+    """Files that go as they are, files that are written for it, names in the folder that stay here, and a note.
 
     `str(parcel)` is the list that a person reads before anything is sent.
     """
@@ -59,12 +59,14 @@ class Parcel:
     files: Mapping[str, Path]
     texts: Mapping[str, str]
     left: Sequence[str]
+    note: str = ""
 
     def __str__(self) -> str:
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
         sizes |= {name: len(text.encode()) for name, text in self.texts.items()}
         lines = [f"  {name:32} {size:>14,} bytes" for name, size in sorted(sizes.items())]
-        return "\n".join(lines + ([f"not on the list, so left here: {listing(self.left)}"] if self.left else []))
+        lines += [f"not on the list, so left here: {listing(self.left)}"] if self.left else []
+        return "\n".join(lines + ([self.note] if self.note else []))
 
 
 def send(parcel: Parcel, repo: str, *, public: bool, message: str, stall: float) -> str:
@@ -107,14 +109,15 @@ def pack(
     if (folder / ADAPTER / ADAPTER_FILES[0]).is_file():
         folder = folder / ADAPTER
     past = read_run(Path(run)) if run else _run_around(folder)
+    local = past is not None and "model" in past.local
     texts: dict[str, str] = {}
     allowed: Sequence[str] = MODEL_FILES
     if (folder / ADAPTER_FILES[0]).is_file():
-        subject = _adapter(folder, base_model)
+        subject = _adapter(folder, base_model, local)
         allowed = ADAPTER_FILES[1:]
         texts[ADAPTER_FILES[0]] = json.dumps(subject.config, indent=2, sort_keys=True) + "\n"
     elif (folder / "config.json").is_file():
-        subject = Subject(base_model or public_name(str(past.settings.get("model") or "") if past else ""), None)
+        subject = Subject(base_model or (run_name(past, "model") if past else ""), None)
     else:
         raise AdapterError(f"{folder}: neither an adapter, nor a run with one, nor a model folder")
     if broken := damaged(folder):
@@ -126,7 +129,9 @@ def pack(
         files[PICTURE] = past.folder / PICTURE
     texts["README.md"] = make_card(subject, past, repo, license, picture=PICTURE in files)
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return Parcel(files, texts, sorted(here - files.keys() - texts.keys() - {MANIFEST}))
+    note = "" if ON_HUB.fullmatch(subject.base) else f"its base model is called {subject.base or 'nothing'} there: "
+    note += "--base-model owner/name says where others find it" if note else ""
+    return Parcel(files, texts, sorted(here - files.keys() - texts.keys() - {MANIFEST}), note)
 
 
 def _run_around(folder: Path) -> PastRun | None:
@@ -134,15 +139,13 @@ def _run_around(folder: Path) -> PastRun | None:
     return read_run(parent) if folder.resolve().name == ADAPTER and (parent / "config.yaml").is_file() else None
 
 
-def _adapter(folder: Path, base_model: str | None) -> Subject:
+def _adapter(folder: Path, base_model: str | None, local: bool) -> Subject:
     """What an adapter is; its configuration names the base as the hub knows it."""
     from lorafit.adapter.peft_config import read_config
 
     read_config(folder)  # refuses what is none
     config = json.loads((folder / ADAPTER_FILES[0]).read_bytes())
-    base = base_model or public_name(config.get("base_model_name_or_path") or "")
-    if base and not ON_HUB.fullmatch(base):
-        print(f"the base model is a folder here: --base-model owner/name names it for others (now '{base}')")
+    base = base_model or public_name(config.get("base_model_name_or_path") or "", local)
     return Subject(base=base, config={**config, "base_model_name_or_path": base or None})
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorafit import __version__
 from lorafit.app import charts
-from lorafit.app.card import evaluation, figures, public_name, public_settings
+from lorafit.app.card import evaluation, figures, public_settings, run_name
 from lorafit.app.charts import Line
 from lorafit.app.runs import PastRun
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict
@@ -61,7 +61,7 @@ polyline.two { stroke: var(--two); } circle.two { fill: var(--two); } circle.one
 
 def page(run: PastRun) -> str:
     """The whole page."""
-    name, data = (public_name(str(run.settings.get(key) or "")) or "?" for key in ("model", "data"))
+    name, data = (run_name(run, setting) or "?" for setting in ("model", "data"))
     title = f"{name} on {data}"
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -211,7 +211,7 @@ def course(run: PastRun) -> str:
 def settings(run: PastRun) -> str:
     """Every setting; those that are not the default come first, in bold."""
     defaults = as_dict(ModelConfig(), LoraConfig(), DataConfig(), TrainConfig())
-    given = public_settings(run.settings)
+    given = public_settings(run.settings, run.local)
     changed = {name: value for name, value in given.items() if name in defaults and value != defaults[name]}
     rest = {name: value for name, value in given.items() if name not in changed}
     rows = [f"<tr><td>{escape(n)}</td><td><strong>{said(v)}</strong></td></tr>" for n, v in changed.items()]

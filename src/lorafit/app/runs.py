@@ -10,7 +10,7 @@ out/loss.png      the picture of it
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +158,12 @@ class PastRun:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def local(self) -> Collection[str]:
+        """The settings that were paths when the run was made."""
+        found: Collection[str] = self.about.get("local", ())
+        return found
+
+    @property
     def losses(self) -> list[tuple[int, float]]:
         """(step, loss) of every step that was taken."""
         return [(record["step"], record["loss"]) for record in self.records if record.get("loss") is not None]
@@ -179,8 +185,8 @@ def read_run(folder: Path) -> PastRun:
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
         file = folder / LOG
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        records = [json.loads(line) for line in lines]
+        lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else [""]
+        records = [json.loads(line) for line in lines[:-1]]  # behind the last line's end: one that was cut off
         file = folder / ABOUT
         about = json.loads(file.read_bytes()) if file.is_file() else {}
     except (OSError, ValueError, yaml.YAMLError) as error:
