@@ -112,7 +112,7 @@ BUGS = (
         CALIBRATE),
     Bug("flags not given back", "training/calibrate.py", "parameter.requires_grad_(True)", "pass", CALIBRATE),
     Bug("shared ranks move the scale", "training/calibrate.py", "t.alpha * grown[t.name]", "t.alpha", CALIBRATE),
-    Bug("the file's alpha not doubled with its rank", "adapter/peft_config.py", "lambda alpha: factor * alpha",
+    Bug("the file's alpha not doubled with its rank", "adapter/kept.py", "lambda alpha: factor * alpha",
         "lambda alpha: alpha", KEPT),
     Bug("the mark left out", "adapter/peft_format.py", '({"init": found.plan.config.init} if kept else {})', "{}",
         KEPT),

@@ -8,7 +8,6 @@ each, and what is in the weights file has to agree with it.
 
 import hashlib
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -263,43 +262,6 @@ def _keys(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     plain_lora = plan.config.variant == "lora" and not plan.config.dropout
     mistaken = {n for n in modules if _last(n) in OLD_EXPERTS} if plain_lora and expert_weights(modules) else set()
     return {t.name: f"{t.name}.weight" if t.name in mistaken else t.name for t in plan.targets}
-
-
-def widened(plan: Plan, names: Collection[str]) -> Plan:
-    """`plan` with twice the rank in the layers `names`, and the alpha that leaves their scale as it is.
-
-    PEFT has no words for a layer that learns the difference to its start (A0, B0), but for a pair of twice the rank.
-    """
-    factor = 2**0.5 if plan.config.rslora else 2
-    return _resized(plan, names, lambda r: 2 * r, lambda alpha: factor * alpha)
-
-
-def narrowed(plan: Plan, names: Collection[str]) -> Plan:
-    """The plan that `widened` made this of."""
-
-    def alpha_before(wide: float) -> float:
-        if not plan.config.rslora:
-            return wide / 2
-        near = wide / 2**0.5  # the root is not exact: of the numbers that give `wide` again, the simplest
-        found = [a for a in (near, math.nextafter(near, 0), math.nextafter(near, math.inf)) if 2**0.5 * a == wide]
-        return min(found or [near], key=lambda a: len(repr(a)))
-
-    return _resized(plan, names, lambda r: r // 2, alpha_before)
-
-
-def _resized(
-    plan: Plan, names: Collection[str], rank: Callable[[int], int], alpha: Callable[[float], float]
-) -> Plan:
-    """`plan` with other ranks and alphas in the layers `names`."""
-    targets = tuple(replace(t, r=rank(t.r), alpha=alpha(t.alpha)) if t.name in names else t for t in plan.targets)
-    config = replace(plan.config, r=rank(plan.config.r), alpha=alpha(plan.config.alpha))
-    config = replace(
-        config,
-        rank_pattern={t.name: t.r for t in targets if t.r != config.r},
-        alpha_pattern={t.name: t.alpha for t in targets if t.alpha != config.alpha},
-    )
-    more = sum((new.r - old.r) * sum(new.shape) for new, old in zip(targets, plan.targets, strict=True))
-    return replace(plan, config=config, targets=targets, trainable=plan.trainable + more, total=plan.total + more)
 
 
 def meaning(plan: Plan) -> str:
