@@ -62,12 +62,12 @@ def digest(model: nn.Module, only: str = "") -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_fresh_adapter_is_the_base_bit_for_bit(
-    family: str, variant: str, dtype: torch.dtype, tiny: Tiny, token_ids: Tiny
+    family: str, variant: str, dtype: torch.dtype, tiny: Tiny, token_ids: Tiny, without_experts: Tiny
 ) -> None:
     for init in ("kaiming", "pissa"):
         model = tiny(family).to(dtype)
         raw = logits(model, token_ids())
-        add_lora(model, LoraConfig(r=4, init=init, variant=variant, dropout=0.1))
+        add_lora(model, LoraConfig(r=4, init=init, variant=variant, dropout=0.1, **without_experts(family)))
         assert torch.equal(logits(model, token_ids()), raw)
 
 
@@ -194,10 +194,10 @@ def test_saved_loaded_disabled_and_merged(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_moves_the_adapter_and_not_one_byte_of_the_base(
-    family: str, variant: str, tiny: Tiny, token_ids: Tiny
+    family: str, variant: str, tiny: Tiny, token_ids: Tiny, without_experts: Tiny
 ) -> None:
     model = tiny(family).train()
-    add_lora(model, LoraConfig(r=4, variant=variant, dropout=0.1))
+    add_lora(model, LoraConfig(r=4, variant=variant, dropout=0.1, **without_experts(family)))
     base, adapter = digest(model, "base_layer"), digest(model, "lora_")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
@@ -215,12 +215,14 @@ def test_training_moves_the_adapter_and_not_one_byte_of_the_base(
     assert digest(model, "lora_") != adapter
 
 
-def test_dropout_is_inactive_outside_training(family: str, tiny: Tiny, shaken: Tiny, token_ids: Tiny) -> None:
+def test_dropout_is_inactive_outside_training(
+    family: str, tiny: Tiny, shaken: Tiny, token_ids: Tiny, without_experts: Tiny
+) -> None:
     results = []
     for dropout in (0.0, 0.5):
         model = tiny(family)
         torch.manual_seed(0)
-        add_lora(model, LoraConfig(r=4, dropout=dropout))
+        add_lora(model, LoraConfig(r=4, dropout=dropout, **without_experts(family)))
         results.append(logits(shaken(model).eval(), token_ids()))
     assert torch.equal(*results)
 

@@ -71,7 +71,10 @@ class LoraConfig:
     dropout: float = knob(0.0, "dropout on the input of A while training")
     targets: Names = knob(
         "all-linear",
-        "'all-linear' (every linear layer but the output head), name endings, or one regular expression",
+        "'all-linear' (every linear layer but the output head; experts, too), name endings, or one regular expression",
+    )
+    parameters: tuple[str, ...] = knob(
+        (), "weights outside of linear layers to adapt as well, by name ending: experts.down_proj, gate.weight"
     )
     exclude: Names = knob((), "name endings, or one regular expression, of layers to leave alone")
     layers: tuple[int, ...] | None = knob(None, "adapt only the transformer blocks with these numbers")
@@ -89,12 +92,13 @@ class LoraConfig:
     token_layers: tuple[str, ...] = knob((), "by name ending, the layers in which they are; none: both")
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude", "layers", "train_modules", "train_tokens", "token_layers"):
+        one_or_more = ("parameters", "train_modules", "token_layers")
+        for name in ("targets", "parameters", "exclude", "layers", "train_modules", "train_tokens", "token_layers"):
             value = getattr(self, name)
-            if isinstance(value, list | set) or (name in ("train_modules", "token_layers") and isinstance(value, str)):
+            if isinstance(value, list | set) or (name in one_or_more and isinstance(value, str)):
                 value = (value,) if isinstance(value, str) else tuple(value)
                 object.__setattr__(self, name, value)
-        _named(self, "targets", "exclude", "train_modules", "token_layers")
+        _named(self, "targets", "parameters", "exclude", "train_modules", "token_layers")
         ids = _items(self.train_tokens)
         if not all(type(n) is int and n >= 0 for n in ids) or len(set(ids)) < len(ids):
             raise UsageError(f"train_tokens must be a list of different token ids, not {self.train_tokens!r}")

@@ -363,7 +363,8 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "no peft_type": (text(CONFIG, '{"r": 4}'), "peft_type is None"),
     "misspelt field": (config(lora_alfa=3), "unknown field lora_alfa=3 (did you mean 'lora_alpha'?)"),
     "field of tomorrow": (config(use_magic=True), "unknown field use_magic=True"),
-    "experts": (config(target_parameters=["mlp.experts.down_proj"]), "target_parameters=['mlp.experts.down_proj']"),
+    "experts as text": (config(target_parameters="down_proj"), "target_parameters='down_proj': a list of at most"),
+    "weights that nothing is for": (config(target_parameters=["k_proj.weight"]), "4 tensors missing"),
     "biases": (config(bias="lora_only"), "bias='lora_only' is not supported"),
     "bias of B": (config(lora_bias=True), "lora_bias=True is not supported"),
     "other tokens in each layer": (

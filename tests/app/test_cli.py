@@ -18,6 +18,7 @@ import transformers
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, pre_tokenizers
 
 from lorafit.app import options, rows, runs
@@ -194,7 +195,7 @@ def test_help(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     verb = VERBS.get(line[0]) if line else None
     for cls in options.configs(verb).values() if verb else ():
         for field in dataclasses.fields(cls):
-            assert f"--{field.name.replace('_', '-')}" in printed
+            assert f"--{field.name.rstrip('_').replace('_', '-')}" in printed
             assert " ".join(field.metadata["help"].split()[:4]) in printed
     if verb is None:
         assert all(name in printed for name in VERBS)
@@ -671,6 +672,34 @@ def test_inspect_says_how_large_a_pass_may_be(
     assert main(line.split()) == 0
     shown = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory, estimated"))
     assert f"{free / 2**20:,.0f} MiB are free: {said}" in shown
+
+
+
+def test_merge_goes_through_memory_where_the_files_will_not_do(
+    run_folder: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A base without safetensors' usual names: the same weights, and why it took memory."""
+    line = f"merge --adapter {run_folder / 'adapter'} --dtype float32 --model"
+    assert main([*line.split(), str(model_folder), "--out", str(tmp_path / "files")]) == 0
+    renamed = tmp_path / "renamed"
+    shutil.copytree(model_folder, renamed)
+    held = load_file(renamed / "model.safetensors")
+    held = {name.removeprefix("model."): value for name, value in held.items()}
+    save_file(held, renamed / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    monkeypatch.setattr("lorafit.training.memory.free_memory", lambda device: 1000)
+    assert main([*line.split(), str(renamed), "--out", str(tmp_path / "memory")]) == 0
+    printed = capsys.readouterr().out
+    assert "merged in memory: its files have another name for model.layers.0.self_attn.q_proj.weight" in printed
+    assert "not compared: the model has" in printed
+    weights = [load_file(tmp_path / way / "model.safetensors") for way in ("files", "memory")]
+    plain = {name.removeprefix("model."): value for name, value in weights[0].items()}
+    assert plain.keys() == {name.removeprefix("model.") for name in weights[1]}
+    assert all(torch.equal(value, plain[name.removeprefix("model.")]) for name, value in weights[1].items())
 
 
 def test_inspect_shows_the_plan_and_the_tokens_that_carry_loss(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lorafit import VARIANTS, LoraConfig, LoraLinear, add_lora
-from lorafit.lora.fused import LowRankLinear
+from lorafit.lora.fused import Parts, low_rank_linear
 from lorafit.lora.fused_dora import GainedLowRankLinear
 
 Tiny = Callable[..., Any]
@@ -24,8 +24,8 @@ def random(*shape: int, grad: bool = False, dtype: torch.dtype = torch.float64) 
     return torch.randn(*shape, dtype=dtype, requires_grad=grad)
 
 
-def low_rank(*arguments: Any) -> Tensor:
-    return LowRankLinear.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+def low_rank(x: Tensor, dropped: Tensor | None, *parts: Any) -> Tensor:
+    return low_rank_linear(x, dropped, [Parts(*parts)])[0]
 
 
 def gained(*arguments: Any) -> Tensor:
@@ -66,6 +66,36 @@ def test_it_is_the_formula(n: int, in_: int, out: int, r: int, bias: bool, froze
     torch.testing.assert_close(y, reference)
     got = torch.autograd.grad((y * weigh).sum(), inputs)
     torch.testing.assert_close(got, torch.autograd.grad((reference * weigh).sum(), inputs))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=SIZES, in_=SIZES, outs=st.lists(SIZES, min_size=2, max_size=4), r=SIZES, dropped=st.booleans(),
+    frozen=st.sampled_from(["", "x", "A", "B"]), unused=st.booleans(),
+)  # fmt: skip
+def test_layers_that_share_their_input_are_the_layers_one_by_one(
+    n: int, in_: int, outs: list[int], r: int, dropped: bool, frozen: str, unused: bool
+) -> None:
+    """Ranks, scales and biases of their own; with a frozen factor in the first, and an output that nobody uses."""
+    x, thinned = random(n, in_, grad=frozen != "x"), random(n, in_, grad=True) if dropped else None
+    layers = [
+        Parts(random(out, in_), random(out) if i % 2 else None,
+              random(r + i, in_, grad=i > 0 or frozen != "A"), random(out, r + i, grad=i > 0 or frozen != "B"), 0.5 + i)
+        for i, out in enumerate(outs)
+    ]  # fmt: skip
+    inputs = [t for t in (x, thinned, *(t for p in layers for t in (p.A, p.B))) if t is not None and t.requires_grad]
+    together = low_rank_linear(x, thinned, layers)
+    alone = [F.linear(x, p.weight, p.bias) + p.scale * (x if thinned is None else thinned) @ p.A.T @ p.B.T
+             for p in layers]  # fmt: skip
+    torch.testing.assert_close(together, tuple(alone))
+    weigh = [random(n, out) for out in outs]
+    last = len(outs) - unused
+
+    def slopes(ys: Any) -> Any:
+        loss = sum((y * w).sum() for y, w in zip(ys[:last], weigh, strict=False))
+        return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+
+    torch.testing.assert_close(slopes(together), slopes(alone))
 
 
 def test_there_is_no_second_derivative_and_it_says_so() -> None:

@@ -24,8 +24,11 @@ from lorafit.adapter.untrusted import explained, open_file, parse, plain, shown
 from lorafit.config import LoraConfig, Names
 from lorafit.errors import AdapterError, UsageError, nearest
 from lorafit.lora import inject
+from lorafit.lora.experts import expert_weights
 from lorafit.lora.inject import Plan
+from lorafit.lora.layers import VARIANTS, LoraLinear
 from lorafit.lora.tokens import base_embedding, base_head
+from lorafit.lora.weights import is_readable
 
 CONFIG = "adapter_config.json"
 LONGEST_FILE = 2**20
@@ -107,6 +110,7 @@ READ: dict[str, tuple[Any, Kind]] = {
     "rank_pattern": ({}, RANKS),
     "target_modules": (None, PATTERN),
     "trainable_token_indices": (None, TOKENS),
+    "target_parameters": (None, NAMES),
     "use_dora": (False, FLAG),
     "use_rslora": (False, FLAG),
 }
@@ -140,7 +144,6 @@ UNSUPPORTED: dict[str, Any] = {
     "lora_bias": False,
     "megatron_config": None,
     "monteclora_config": None,
-    "target_parameters": None,
     "use_bdlora": None,
     "use_qalora": False,
 }
@@ -196,30 +199,70 @@ def _problem(name: str, value: Any) -> str | None:
 
 def describe(model: nn.Module, plan: Plan, base_model: str | None) -> dict[str, Any]:
     """The fields that say in PEFT's words what `plan` did to `model`."""
-    config = plan.config
     modules = inject.plain_modules(model)
     hf_config = getattr(model, "config", None)
     head = getattr(model, "get_output_embeddings", None)
     causal = callable(head) and head() is not None
-    names = [target.name for target in plan.targets]
+    key = _keys(plan, modules)
+    names = [name for name, said in key.items() if said == name and name in modules]
+    weights = [said for said in key.values() if said not in names]
+    return fields(
+        plan,
+        key,
+        base_model_name_or_path=base_model or getattr(hf_config, "_name_or_path", None) or None,
+        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in names),
+        target_modules=endings_or_regex(names, [n for n in modules if n not in plan.trained]),
+        target_parameters=_endings(weights, _parameter_names(modules)) or None,
+        task_type="CAUSAL_LM" if causal else None,
+        trainable_token_indices=_token_field(model, plan, modules),
+    )
+
+
+def fields(plan: Plan, called: Mapping[str, str] | None = None, **known: Any) -> dict[str, Any]:
+    """Every field for `plan`; `known` are those that only the model, or the file that it was read from, can tell.
+
+    `called` is what PEFT has to call the targets, where that is not their name.
+    """
+    config = plan.config
+    key = called or {target.name: target.name for target in plan.targets}
     said = DEFAULTS | {
-        "base_model_name_or_path": base_model or getattr(hf_config, "_name_or_path", None) or None,
-        "fan_in_fan_out": any(isinstance(modules[name], Conv1D) for name in names),
         "lora_alpha": _number(config.alpha),
         "lora_dropout": config.dropout,
         "modules_to_save": list(plan.trained) or None,
         "r": int(config.r),
-        "alpha_pattern": _disjoint({t.name: _number(t.alpha) for t in plan.targets}, _number(config.alpha)),
-        "rank_pattern": _disjoint({t.name: t.r for t in plan.targets}, config.r),
-        "target_modules": _endings_or_regex(names, [n for n in modules if n not in plan.trained]),
-        "task_type": "CAUSAL_LM" if causal else None,
-        "trainable_token_indices": _token_field(model, plan, modules),
+        "alpha_pattern": _disjoint({key[t.name]: _number(t.alpha) for t in plan.targets}, _number(config.alpha)),
+        "rank_pattern": _disjoint({key[t.name]: t.r for t in plan.targets}, config.r),
         "use_dora": config.variant == "dora",
         "use_rslora": bool(config.rslora),
+        **known,
     }
     if problem := next(filter(None, (_problem(*field) for field in said.items())), None):
         raise UsageError(f"this adapter cannot be saved in PEFT's format: {problem}")
     return said
+
+
+def in_pefts_words(plan: Plan) -> Plan:
+    """`plan` with the formula that PEFT has for it; UsageError if it has none.
+
+    Whatever a formula does to A and B, as long as it ends in W + s·B'·A' the pair B', A' is plain LoRA in a file.
+    """
+    kind = VARIANTS[plan.config.variant]
+    if plan.config.variant == "dora":
+        return plan
+    if kind.merged_weight is not LoraLinear.merged_weight:
+        raise UsageError(
+            f"variant '{plan.config.variant}' is not W + s·B·A: PEFT's format has no words for it; merge it instead"
+        )
+    return replace(plan, config=replace(plan.config, variant="lora"))
+# In a model with stacks of experts PEFT 0.21 takes these for the experts of older checkpoints, wherever they are.
+OLD_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def _keys(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """What PEFT has to call the targets: a layer by its weight where it would take the name for another's."""
+    plain_lora = plan.config.variant == "lora" and not plan.config.dropout
+    mistaken = {n for n in modules if _last(n) in OLD_EXPERTS} if plain_lora and expert_weights(modules) else set()
+    return {t.name: f"{t.name}.weight" if t.name in mistaken else t.name for t in plan.targets}
 
 
 def widened(plan: Plan, names: Collection[str]) -> Plan:
@@ -285,14 +328,21 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _endings_or_regex(names: Collection[str], modules: Iterable[str]) -> list[str] | str:
+def endings_or_regex(names: Collection[str], modules: Iterable[str]) -> list[str] | str:
     """The shortest list of name endings that matches exactly `names` among `modules`, by PEFT's rule."""
     others = set(modules) - set(names)
     shared = {_last(name) for name in others}
     chosen = {name if _last(name) in shared else _last(name) for name in names}
-    if any(not chosen.isdisjoint(_tails(name)) for name in others):
+    if any(not chosen.isdisjoint(tails(name)) for name in others):
         return "|".join(re.escape(name) for name in sorted(names))  # a full name that also ends another one
     return sorted(chosen)
+
+
+def _endings(names: Collection[str], known: Iterable[str]) -> list[str]:
+    """A short list of name endings that matches exactly `names` among `known`; PEFT has no patterns for these."""
+    others = {tail for name in set(known) - set(names) for tail in tails(name)}
+    shortest = [next((tail for tail in reversed([*tails(name)]) if tail not in others), name) for name in names]
+    return sorted(set(shortest))
 
 
 def _disjoint(values: Mapping[str, float], default: float) -> dict[str, float]:
@@ -318,7 +368,7 @@ def _last(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _tails(name: str) -> Iterator[str]:
+def tails(name: str) -> Iterator[str]:
     """`a.b.c`, `b.c`, `c`"""
     yield name
     while "." in name:
@@ -336,12 +386,17 @@ def plan_for(model: nn.Module, raw: Mapping[str, Any], tensors: Collection[str],
     """
     modules = inject.plain_modules(model)
     layers = raw["layers_to_transform"]
+    entries = set(raw["target_parameters"] or [])
+    weights = [name for name in _parameter_names(modules) if not entries.isdisjoint(tails(name))]
+    # The weight of a linear layer is that layer.
+    key = {n.removesuffix(".weight"): n for n in weights if is_readable(modules[n.rpartition(".")[0]])}
     try:
         config = LoraConfig(
             r=raw["r"],
             alpha=raw["lora_alpha"],
             dropout=raw["lora_dropout"],
-            targets=_targets(raw["target_modules"], modules, tensors),
+            targets=_targets(raw["target_modules"], modules, tensors, key),
+            parameters=tuple(name for name in weights if name not in key.values()),
             exclude=_exactly(_named("exclude_modules", raw["exclude_modules"] or [], modules), modules),
             layers=None if layers in (None, []) else tuple(layers) if isinstance(layers, list) else (layers,),
             variant="dora" if raw["use_dora"] else "lora",
@@ -349,7 +404,8 @@ def plan_for(model: nn.Module, raw: Mapping[str, Any], tensors: Collection[str],
             train_modules=_trained(raw["modules_to_save"] or [], modules, tensors),
             **_tokens(model, raw["trainable_token_indices"], modules),
         )
-        names = [target.name for target in inject.find_targets(model, config, strict=False).targets]
+        found = inject.find_targets(model, config, strict=False).targets
+        names = {target.name: key.get(target.name, target.name) for target in found}
         config = replace(
             config,
             rank_pattern=_spelled_out("rank_pattern", raw["rank_pattern"], names, raw["r"]),
@@ -360,7 +416,10 @@ def plan_for(model: nn.Module, raw: Mapping[str, Any], tensors: Collection[str],
         raise AdapterError(f"{where}: {CONFIG} does not fit this model: {plain(error)}") from error
 
 
-def _targets(value: str | list[str] | None, modules: Collection[str], tensors: Collection[str]) -> Names:
+def _targets(
+    value: str | list[str] | None, modules: Collection[str], tensors: Collection[str], more: Iterable[str]
+) -> Names:
+    """The layers that `target_modules` names, and `more`."""
     if isinstance(value, str) and value.lower() == "all-linear":
         return value
     if value is not None:
@@ -368,11 +427,15 @@ def _targets(value: str | list[str] | None, modules: Collection[str], tensors: C
             found = _named("target_modules", value, modules)
             if value and not found:
                 raise UsageError(f"target_modules={shown(value)} names no layer of it")
-            return _exactly(found, modules)
+            return _exactly([*found, *more], modules)
     # For None PEFT looks in a table of model types; the tensors themselves know better. They also know what a pattern
     # stands for that RE2 cannot take.
     held = dict.fromkeys(key.split(".lora_")[0] for key in tensors if ".lora_" in key)
     return _exactly([name for name in held if name in modules], modules)
+
+
+def _parameter_names(modules: Mapping[str, nn.Module]) -> list[str]:
+    return [name for module, found in modules.items() for name, _ in found.named_parameters(module, recurse=False)]
 
 
 def _named(field: str, value: str | list[str], modules: Iterable[str]) -> list[str]:
@@ -380,12 +443,12 @@ def _named(field: str, value: str | list[str], modules: Iterable[str]) -> list[s
     if isinstance(value, str):
         return list(_first_matches(field, [value], modules))
     entries = set(value)
-    return [name for name in modules if not entries.isdisjoint(_tails(name))]
+    return [name for name in modules if not entries.isdisjoint(tails(name))]
 
 
 def _exactly(names: Collection[str], modules: Iterable[str]) -> Names:
     """`names` and no other of `modules`, in the words of LoraConfig; nothing in them is a pattern from a file."""
-    said = _endings_or_regex(names, modules)
+    said = endings_or_regex(names, modules)
     return f"(?:{said})" if isinstance(said, str) else tuple(said)
 
 
@@ -412,13 +475,22 @@ def _tokens(model: nn.Module, value: Any, modules: Mapping[str, nn.Module]) -> d
     return {"train_tokens": tuple(ids), "token_layers": tuple(found)}
 
 
-def _spelled_out(field: str, pattern: Mapping[str, Any], names: list[str], default: float) -> dict[str, Any]:
-    """PEFT takes the first key that matches, in the file's order: the outcome, one full name per layer."""
+def patterned(field: str, raw: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """The rank or alpha of each of the layers `names`: `field` is rank_pattern or alpha_pattern."""
+    default = raw["r" if field == "rank_pattern" else "lora_alpha"]
+    return dict.fromkeys(names, default) | _spelled_out(field, raw[field], {name: name for name in names}, default)
+
+
+def _spelled_out(field: str, pattern: Mapping[str, Any], names: Mapping[str, str], default: float) -> dict[str, Any]:
+    """PEFT takes the first key that matches, in the file's order: the outcome, one full name per layer.
+
+    `names` gives for our name the one that PEFT matches.
+    """
     if not pattern:
         return {}
     values = list(pattern.values())
-    first = _first_matches(field, list(pattern), names, r"(.*\.)?(KEY)$")
-    return {name: values[first[name]] if name in first else default for name in names}
+    first = _first_matches(field, list(pattern), names.values(), r"(.*\.)?(KEY)$")
+    return {name: values[first[said]] if said in first else default for name, said in names.items()}
 
 
 # --- patterns from a file -------------------------------------------------------------------------

@@ -12,8 +12,8 @@ and copied only into A, B and the modules trained in full.
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from os.path import isfile
 from pathlib import Path
@@ -23,7 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.adapter.fingerprint import base_fingerprint, other_base
-from lorafit.adapter.peft_config import CONFIG, MADE_ANEW, describe, meaning, narrowed, plan_for, read_config, widened
+from lorafit.adapter.peft_config import (
+    CONFIG,
+    MADE_ANEW,
+    describe,
+    in_pefts_words,
+    meaning,
+    narrowed,
+    plan_for,
+    read_config,
+    widened,
+)
 from lorafit.adapter.untrusted import explained, parse, shown
 from lorafit.adapter.weights_file import NAME, Entry, WeightsFile, open_weights
 from lorafit.errors import AdapterError, NumericError, UsageError, listing
@@ -32,7 +42,7 @@ from lorafit.lora import inject
 from lorafit.lora.identity import adapter_digest, merged_digests
 from lorafit.lora.inits import BLANK, BLANK_KEPT, Init, factor_dtype, find_init
 from lorafit.lora.inject import Plan
-from lorafit.lora.layers import LoraLinear, formula, scale_of
+from lorafit.lora.layers import LoraLinear, scale_of
 from lorafit.lora.tokens import KEY, ROWS, enlarge
 from lorafit.lora.weights import read_weight
 
@@ -66,23 +76,35 @@ def save_lora(
     found = inject.attached(model)
     if found is None:
         raise UsageError("there is no adapter in this model to save")
-    state = inject.file_state(model)
-    tensors = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    if strange := [name for name in tensors if not NAME.fullmatch(name)]:
-        raise UsageError(f"a name in a file is of printable ASCII without blanks, not {listing(map(shown, strange))}")
-    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise NumericError(f"NaN or infinity in {listing(bad)}; nothing was written")
     base = base_fingerprint(model, inject.adapted_layers(model, found.plan))
     kept = [name for name, layer in inject.wrappers(model) if isinstance(layer, LoraLinear) and layer.kept]
-    plan = widened(found.plan, kept) if kept else found.plan
-    note = {"base": base, "config": meaning(plan)} | ({"init": found.plan.config.init} if kept else {})
-    target = Path(path)
-    with new_folder(target, replaces=(WEIGHTS, CONFIG, "README.md", *TOKENIZER)) as folder:
+    plan = in_pefts_words(widened(found.plan, kept) if kept else found.plan)
+    note = {"base": base} | ({"init": found.plan.config.init} if kept else {})
+    said = describe(model, plan, base_model)
+    return write_adapter(Path(path), inject.file_state(model), plan, said, note, tokenizer)
+
+
+def write_adapter(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    plan: Plan,
+    said: Mapping[str, Any],
+    note: Mapping[str, Any],
+    tokenizer: Any = None,
+) -> Path:
+    """Write an adapter folder: `tensors` by plain name, the configuration `said`, and a `note` for `read_note`."""
+    named = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    if strange := [name for name in named if not NAME.fullmatch(name)]:
+        raise UsageError(f"a name in a file is of printable ASCII without blanks, not {listing(map(shown, strange))}")
+    if bad := [name for name, tensor in named.items() if not tensor.isfinite().all()]:
+        raise NumericError(f"NaN or infinity in {listing(bad)}; nothing was written")
+    known = json.dumps({"config": meaning(plan)} | dict(note), sort_keys=True, separators=(",", ":"))
+    with new_folder(path, replaces=(WEIGHTS, CONFIG, "README.md", *TOKENIZER)) as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        write_tensors(folder / WEIGHTS, tensors, about={NOTE: json.dumps(note, sort_keys=True, separators=(",", ":"))})
-        write_json(folder / CONFIG, describe(model, plan, base_model))
-    return target
+        write_tensors(folder / WEIGHTS, named, about={NOTE: known})
+        write_json(folder / CONFIG, said)
+    return path
 
 
 def unload_lora(model: nn.Module, path: str | Path | None = None) -> None:
@@ -103,7 +125,7 @@ def load_lora(model: nn.Module, path: str | Path, *, trainable: bool = True, for
     tensor; the model is unchanged then, and the base weights are in any case. So it does if the adapter was made
     on another base (unless `force_base`), is already merged into this one, or is not what was saved.
     """
-    plan, tensors, start = _read(model, Path(path), force_base)
+    plan, tensors, start = _begun(model, read_for(model, Path(path), force_base), Path(path))
     inject.remove_lora(model)
     if plan.tokens and enlarge(model, 1 + max(plan.config.train_tokens)):  # rows that only the adapter knows
         plan = inject.find_targets(model, plan.config, strict=False)
@@ -117,16 +139,18 @@ def load_lora(model: nn.Module, path: str | Path, *, trainable: bool = True, for
     return plan
 
 
-def _read(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[str, Tensor], Init]:
-    """What to do to `model`, with which values and how to begin; AdapterError before anything is done. Changes
-    nothing."""
-    if not isfile(folder / WEIGHTS) and isfile(folder / "adapter_model.bin"):
-        raise AdapterError(
-            f"{folder}: adapter_model.bin is a pickle, which lorafit never opens: load it in PEFT and "
-            "save it again with save_pretrained, which writes safetensors"
-        )
-    with open_weights(folder / WEIGHTS) as file:
-        entries = _by_plain_name(file)
+class InFile(NamedTuple):
+    """What an adapter folder asks for: where which tensors go (by plain name), and what else it says."""
+
+    plan: Plan
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    note: dict[str, Any]
+
+
+def read_for(model: nn.Module, folder: Path, force_base: bool) -> InFile:
+    """What to do to `model`, and with which values; AdapterError before anything is done. Changes nothing."""
+    with open_adapter(folder) as (file, entries):
         raw = read_config(folder)
         plan = plan_for(model, raw, entries, folder)
         needed, copies = _needed(model, plan), _copies(model, plan)
@@ -142,6 +166,12 @@ def _read(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[
     merged = merged_digests(model)
     if merged and adapter_digest(tensors) in merged:
         raise AdapterError(f"{folder}: already merged into this model: load it on the model it was trained on")
+    return InFile(plan, tensors, raw, note)
+
+
+def _begun(model: nn.Module, found: InFile, folder: Path) -> tuple[Plan, dict[str, Tensor], Init]:
+    """Plan and tensors of a file for training to go on, and how the layers have to begin for it."""
+    plan, tensors, raw, note = found
     if "init" in note:
         return _narrowed(model, plan, note["init"], folder), tensors, BLANK_KEPT
     if raw["init_lora_weights"] in MADE_ANEW:
@@ -176,13 +206,25 @@ def _with_starts(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> di
 def _narrowed(model: nn.Module, plan: Plan, init: Any, folder: Path) -> Plan:
     """The plan whose layers have a kept start and are, in the file, the pairs of twice the rank that `plan` names."""
     modules = inject.plain_modules(model)
-    kept = [t.name for t in plan.targets if not isinstance(modules[t.name], nn.Embedding)]
+    kept = [t.name for t in plan.targets if t.parameter is None and not isinstance(modules[t.layer], nn.Embedding)]
     if odd := [t.name for t in plan.targets if t.name in kept and t.r % 2] or ([CONFIG] if plan.config.r % 2 else []):
         raise AdapterError(f"{folder}: its note says that a start is kept, but an odd rank has none: {listing(odd)}")
     plan = narrowed(plan, kept)
     with suppress(UsageError):  # where it is not registered, its name is lost and nothing else
         plan = replace(plan, config=replace(plan.config, init=find_init(str(init)).name))
     return plan
+
+
+@contextmanager
+def open_adapter(folder: Path) -> Iterator[tuple[WeightsFile, dict[str, Entry]]]:
+    """The weights of the adapter in `folder`, header checked, and what they hold by plain name."""
+    if not isfile(folder / WEIGHTS) and isfile(folder / "adapter_model.bin"):
+        raise AdapterError(
+            f"{folder}: adapter_model.bin is a pickle, which lorafit never opens: load it in PEFT and "
+            "save it again with save_pretrained, which writes safetensors"
+        )
+    with open_weights(folder / WEIGHTS) as file:
+        yield file, _by_plain_name(file)
 
 
 def _by_plain_name(file: WeightsFile) -> dict[str, Entry]:
@@ -215,11 +257,11 @@ def _needed(model: nn.Module, plan: Plan) -> dict[str, _Slot]:
     """Every tensor that model and configuration call for, by plain name."""
     modules = inject.plain_modules(model)
     slots = {}
-    for target in plan.targets:
-        layer = modules[target.name]
-        kind = formula(layer, plan.config.variant)
-        for key, shape in kind.tensor_shapes(*target.shape, target.r).items():
-            slots[f"{target.name}.{key}"] = _Slot(shape, factor_dtype(read_weight(layer)))
+    for target, wrapper in inject.wrapper_names(plan):
+        layer = modules[target.layer]
+        weight = read_weight(layer) if target.parameter is None else layer.get_parameter(target.parameter)
+        for key, shape in inject.tensor_shapes(target, layer, plan.config.variant).items():
+            slots[f"{wrapper}.{key}"] = _Slot(shape, factor_dtype(weight))
     for name, ids in plan.tokens.items():
         matrix = modules[name].get_parameter("weight")  # (vocab, dim) in both kinds of layer
         slots[f"{name}.{KEY}"] = _Slot((len(ids), matrix.shape[1]), factor_dtype(matrix))
@@ -257,6 +299,25 @@ def _check_header(
 
 def _check_origin(model: nn.Module, plan: Plan, file: WeightsFile, force_base: bool) -> dict[str, Any]:
     """What only files of ours can tell: that they are what was saved, together, and on this base. Returns the note."""
+    note = read_note(file, plan)
+    if force_base or "base" not in note:
+        return note
+    with explained(file.path, f"intact: its metadata '{NOTE}' cannot be read"):
+        difference = other_base(note["base"], model, inject.adapted_layers(model, plan))
+    if difference:
+        raise other_base_error(file.path.parent, difference)
+    return note
+
+
+def other_base_error(folder: Path, difference: str) -> AdapterError:
+    return AdapterError(
+        f"{folder}: made on another base model ({difference}): "
+        "load it on its own, or with force_base (--force-base) if you know that it fits"
+    )
+
+
+def read_note(file: WeightsFile, plan: Plan) -> dict[str, Any]:
+    """What a file of ours says about itself, {} for others; AdapterError if it is not what was saved, and together."""
     folder, ours = file.path.parent, NOTE in file.metadata
     broken = damaged(folder, [WEIGHTS])
     if broken and (ours or read_manifest(folder) is not None):  # else another program has a manifest.json, too
@@ -270,14 +331,8 @@ def _check_origin(model: nn.Module, plan: Plan, file: WeightsFile, force_base: b
         note = parse(file.metadata[NOTE].encode())
         if not isinstance(note, dict):
             raise ValueError("no object")
-        difference = other_base(note.get("base"), model, inject.adapted_layers(model, plan))
     if note.get("config") != meaning(plan):
         raise AdapterError(f"{folder}: {CONFIG} and {WEIGHTS} do not come from one save: take both from the same one")
-    if difference and not force_base:
-        raise AdapterError(
-            f"{folder}: made on another base model ({difference}): "
-            "load it on its own, or with force_base (--force-base) if you know that it fits"
-        )
     return note
 
 

@@ -12,18 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorafit.app import options, signals
+from lorafit.app import adapters, merging, options, signals
+from lorafit.app.common import OutConfig, base, make_console, need, say, source, with_adapter
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict, knob
 from lorafit.errors import Interrupted, LorafitError, ModelError, UsageError, nearest
 
 # --- options that only a verb has --------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutConfig:
-    """Where the result goes"""
-
-    out: str = knob("", "folder to write")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,29 +233,6 @@ def chat(model: ModelConfig, talk: TalkConfig, answers: AnswerConfig) -> None:
             messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
-def merge(model: ModelConfig, out: OutConfig) -> None:
-    """Add the adapter to the weights and save a plain model folder that needs no lorafit."""
-    need("merge", model=model.model, adapter=model.adapter, out=out.out)
-    from lorafit.files import check_replaceable, need_space
-    from lorafit.lora.inject import merge_lora
-    from lorafit.model.compare import compare, probe
-    from lorafit.model.load import load_model, save_model
-    from lorafit.model.storage import store
-
-    check_replaceable(out.out, replaces=())
-    console = make_console()
-    net: Any
-    net, tokenizer = load_model(**with_adapter(model))
-    need_space(Path(out.out), sum(p.numel() for p in net.parameters()) * net.dtype.itemsize)
-    before = probe(net, tokenizer)
-    merge_lora(net, on_note=console.print)
-    store(net, "dense")  # other programs read nothing else
-    difference = compare(before, probe(net, tokenizer, like=before))
-    save_model(net, tokenizer, out.out, replaces=())
-    console.print(f"adapter and merged model on {len(before.rows)} prompts: {difference}")
-    console.print(f"merged model {out.out}, in {net.dtype} (--dtype for another precision)")
-
-
 def inspect(
     model: ModelConfig,
     lora: LoraConfig,
@@ -327,33 +298,17 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "eval": evaluate,
     "chat": chat,
-    "merge": merge,
+    "merge": merging.merge,
     "inspect": inspect,
+    "combine": adapters.combine,
+    "resize": adapters.resize,
+    "extract": adapters.extract,
+    "diff": adapters.diff,
+    "export": adapters.export,
+    "check": adapters.check,
 }
 
 # --- what they share ---------------------------------------------------------------------------------
-
-
-def need(verb: str, **values: str | None) -> None:
-    """Refuse a command line that lacks one of `values`."""
-    for name, value in values.items():
-        if not value:
-            raise UsageError(f"{verb} needs --{name} (lorafit {verb} --help)")
-
-
-def source(model: ModelConfig) -> dict[str, Any]:
-    """Where the base model comes from, as keywords of lorafit.model.load."""
-    return {"name": model.model, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
-
-
-def base(model: ModelConfig) -> dict[str, Any]:
-    """The same with its precision, device and storage."""
-    return {**source(model), "dtype": model.dtype, "device": model.device, "storage": model.storage}
-
-
-def with_adapter(model: ModelConfig) -> dict[str, Any]:
-    """The same with its adapter."""
-    return {**base(model), "adapter": model.adapter, "force_base": model.force_base}
 
 
 def with_tokens(lora: LoraConfig, tokens: TokensConfig, tokenizer: Any) -> LoraConfig:
@@ -362,17 +317,6 @@ def with_tokens(lora: LoraConfig, tokens: TokensConfig, tokenizer: Any) -> LoraC
 
     ids = (*lora.train_tokens, *know(tokenizer, tokens.new_tokens)) if tokens.new_tokens else lora.train_tokens
     return replace(lora, train_tokens=tuple(dict.fromkeys(ids)))
-
-
-def make_console() -> Any:
-    """Plain text comes out as it is: nothing wrapped, nothing in brackets taken for markup."""
-    from rich.console import Console
-
-    return Console(markup=False, highlight=False, soft_wrap=True)
-
-
-def say(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 def typed() -> Iterator[str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorafit.lora.fused import LowRankLinear
+from lorafit.lora.fused import Parts, low_rank_linear
 from lorafit.lora.fused_dora import GainedLowRankLinear
 from lorafit.lora.inits import Init, factor_dtype, find_init
 from lorafit.lora.weights import read_weight, write_weight
@@ -30,14 +30,20 @@ from lorafit.lora.weights import read_weight, write_weight
 TINY = 1e-30  # a squared norm below this is a row of zeros
 
 
+def scale_of(r: int, alpha: float, rslora: bool) -> float:
+    """s = alpha / r, or alpha / √r with `rslora` (Kalajdzievski 2023, arXiv:2312.03732)."""
+    return alpha / r**0.5 if rslora else alpha / r
+
+
 class LoraLinear(nn.Module):
     """y = W x + b + s·B·A·dropout(x)        x (…, in)   W (out, in)   A (r, in)   B (out, r)
 
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
-    s = alpha / r, or alpha / √r with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
-    `base_layer` is an nn.Linear, a transformers Conv1D, or anything registered in `weights.py`.
+    s = `scale_of(r, alpha, rslora)`. `base_layer` is an nn.Linear, a transformers Conv1D, or anything registered in
+    `weights.py`.
     """
 
+    pair_names = ("lora_A.weight", "lora_B.weight")
     lora_A0: Tensor | None
     lora_B0: Tensor | None
 
@@ -63,7 +69,11 @@ class LoraLinear(nn.Module):
         for parameter in base_layer.parameters():
             parameter.requires_grad_(False)
         with torch.no_grad():
-            self.start(read_weight(base_layer), find_init(init) if isinstance(init, str) else init)
+            self.start(self.base_weight(), find_init(init) if isinstance(init, str) else init)
+
+    def base_weight(self) -> Tensor:
+        """W, (out, in)."""
+        return read_weight(self.base_layer)
 
     def start(self, W: Tensor, init: Init) -> None:
         """Make A and B and give them their first values; keep these where B·A is not 0."""
@@ -84,6 +94,10 @@ class LoraLinear(nn.Module):
         """A (r, in) and B (out, r): what is trained."""
         return self.lora_A.weight, self.lora_B.weight
 
+    def matrices(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors of the factors' shapes, their gradients say, as what is multiplied: here as they are."""
+        return A, B
+
     @property
     def kept(self) -> bool:
         """Whether B·A did not start at 0, so that the start (A0, B0) is kept and the difference to it learned."""
@@ -102,21 +116,18 @@ class LoraLinear(nn.Module):
         """
         A, B = self.factors
         if self.lora_A0 is None or self.lora_B0 is None:
-            return A, B
+            return self.matrices(A, B)
         return torch.cat([A, A - self.lora_A0]), torch.cat([B - self.lora_B0, self.lora_B0], dim=1)
 
     def moved(self) -> bool:
         """Whether ΔW is anything but 0."""
         A, B = self.update
-        return bool((A.any(dim=1) & B.any(dim=0)).any())
+        return bool((A.any(dim=-1) & B.any(dim=-2)).any())
 
     def saved(self) -> dict[str, Tensor]:
-        """The adapter's tensors as a file holds them, by their names below the layer's own."""
-        held = {key: t for key, t in self.state_dict(keep_vars=True).items() if not key.startswith("base_layer.")}
-        if self.kept:
-            del held["lora_A0"], held["lora_B0"]
-            held["lora_A.weight"], held["lora_B.weight"] = self.update
-        return held
+        """The adapter's tensors as a file holds them, by their names below the layer's own: A', B' for A, B."""
+        own, pair = self.state_dict(keep_vars=True), dict(zip(self.pair_names, self.update, strict=True))
+        return {name: pair[name] if name in pair else own[name] for name in self.tensor_shapes(0, 0, 0)}
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> None:
@@ -141,7 +152,7 @@ class LoraLinear(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """W + s·B·A, summed in fp32 and rounded once to W's dtype, (out, in)."""
-        W = read_weight(self.base_layer)
+        W = self.base_weight()
         return (W.to(factor_dtype(W)) + self.delta()).to(W.dtype)
 
     def write_merged(self) -> nn.Module:
@@ -196,16 +207,24 @@ class LoraLinear(nn.Module):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
 
+    @property
+    def parts(self) -> Parts:
+        """What `low_rank_linear` works with."""
+        return Parts(read_weight(self.base_layer), self.bias, *self.update, self.scale)
+
+    @property
+    def drops(self) -> bool:
+        """Whether A sees less than the base layer does."""
+        return self.training and isinstance(self.dropout, nn.Dropout)
+
     def _fused(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        dropped = None if isinstance(self.dropout, nn.Identity) or not self.training else self.dropout(rows)
-        y = self._fused_rows(rows, dropped)
+        y = self._fused_rows(rows, self.dropout(rows) if self.drops else None)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
         """`forward` with a hand-written backward, (n, in) -> (n, out); `dropped` is x behind an active dropout."""
-        W = read_weight(self.base_layer)
-        y: Tensor = LowRankLinear.apply(x, dropped, W, self.bias, *self.update, self.scale)  # type: ignore[no-untyped-call]
+        (y,) = low_rank_linear(x, dropped, [self.parts])
         return y
 
     def extra_repr(self) -> str:
@@ -269,6 +288,8 @@ class LoraEmbedding(LoraLinear):
     The same ΔW = s·B·A on the transposed table. A is looked up here, so A starts at 0 and B at N(0, 1), as in
     loralib.
     """
+
+    pair_names = ("lora_embedding_A", "lora_embedding_B")
 
     def start(self, W: Tensor, init: Init) -> None:
         dim, vocab = W.shape
@@ -339,11 +360,6 @@ VARIANTS: dict[str, type[LoraLinear]] = {"lora": LoraLinear, "dora": DoraLinear}
 def formula(base_layer: nn.Module, variant: str) -> type[LoraLinear]:
     """The class that adapts `base_layer`."""
     return LoraEmbedding if isinstance(base_layer, nn.Embedding) else VARIANTS[variant]
-
-
-def scale_of(r: int, alpha: float, rslora: bool) -> float:
-    """s in ΔW = s·B·A."""
-    return alpha / r**0.5 if rslora else alpha / r
 
 
 def subtrahend(a: Tensor, difference: Tensor) -> Tensor:

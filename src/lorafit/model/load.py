@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import errors as hub
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -96,6 +97,13 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, replaces: Iterabl
             raise DiskError(f"{folder}: cannot be written: {_one_line(error)}") from error
 
 
+def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's configuration alone."""
+    where, options = _source(name, revision, trust_remote_code)
+    with _explained(name, "model"):
+        return AutoConfig.from_pretrained(where, **options)
+
+
 def load_skeleton(
     name: str | Path,
     *,
@@ -107,14 +115,24 @@ def load_skeleton(
 ) -> nn.Module:
     """The model without its weights, on the meta device: for plans and counts that cost nothing."""
     precision = resolve_dtype(dtype, resolve_device(device))
-    where, options = _source(name, revision, trust_remote_code)
-    with _explained(name, "model"):
-        config = AutoConfig.from_pretrained(where, **options)
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=precision, trust_remote_code=trust_remote_code
-            )
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    with _explained(name, "model"), torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=precision, trust_remote_code=trust_remote_code
+        )
     return store(model.eval(), storage)
+
+
+def model_folder(name: str | Path, *, revision: str | None = None) -> Path:
+    """The folder with the safetensors files of the model `name`, fetched from the hub if it is not one here."""
+    where, options = _source(name, revision, trust_remote_code=False)
+    if "gguf_file" in options:
+        raise ModelError(f"{name}: a GGUF file; this needs the model's weights in safetensors")
+    if Path(where).is_dir():
+        return Path(where)
+    with _explained(name, "files"):
+        wanted = ["*.json", "model*.safetensors"]
+        return Path(snapshot_download(where, revision=revision, allow_patterns=wanted))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -132,7 +132,7 @@ def _statistics(
             on_progress(before + min(done, rows), len(groups) * rows)
 
         gather = partial(_gather, model, group, init.statistic, batches, rows, passes, tell)
-        found = passes.limit.within(gather, lambda: None, on_note)
+        found = passes.limit.within(gather, on_note)
         while group:  # nothing else holds a statistic that has been used
             target = group.pop(0)
             yield target, found.pop(target.name)

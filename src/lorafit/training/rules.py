@@ -24,13 +24,16 @@ def riemannian(layer: LoraLinear) -> None:
     """g_A ← (BᵀB + δI)⁻¹ g_A,  g_B ← g_B (AAᵀ + δI)⁻¹: both factors move ΔW by amounts of one size.
 
     Zhang and Pilanci 2024, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models", arXiv:2402.02347, §3.
-    A (r, in), B (out, r); two systems of r equations a layer.
+    A (r, in), B (out, r); two systems of r equations a layer, or an expert.
     """
     A, B = layer.factors
+    A_e, B_e = layer.matrices(A, B)
     if A.grad is not None:
-        A.grad.copy_(torch.linalg.solve(_damped(B.mT @ B), A.grad))
+        g_A, _ = layer.matrices(A.grad, B)
+        g_A.copy_(torch.linalg.solve(_damped(B_e.mT @ B_e), g_A))
     if B.grad is not None:
-        B.grad.copy_(torch.linalg.solve(_damped(A @ A.mT), B.grad, left=False))
+        _, g_B = layer.matrices(A, B.grad)
+        g_B.copy_(torch.linalg.solve(_damped(A_e @ A_e.mT), g_B, left=False))
 
 
 @torch.no_grad()
@@ -43,7 +46,8 @@ def lora_fa(layer: LoraLinear) -> None:
     """
     A, B = layer.factors
     if B.grad is not None:
-        B.grad.copy_(B.grad @ torch.linalg.pinv(A @ A.mT, hermitian=True) / layer.scale**2)
+        A_e, g_B = layer.matrices(A, B.grad)
+        g_B.copy_(g_B @ torch.linalg.pinv(A_e @ A_e.mT, hermitian=True) / layer.scale**2)
 
 
 def _damped(gram: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from lorafit.data.batches import Batch, Batches
 from lorafit.errors import Interrupted, NumericError, listing
 from lorafit.lora.inject import wrappers
 from lorafit.training.backoff import PassLimit
+from lorafit.training.gradients import FlatGradients
 from lorafit.training.loss import Head, summed_loss
 
 Record = dict[str, Any]
@@ -107,6 +108,10 @@ class Run:
     bad: int = 0
     best: Best = field(default_factory=Best)
     result: Result = field(default_factory=Result)
+    gradients: FlatGradients = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.gradients = FlatGradients(p for group in self.optimizer.param_groups for p in group["params"])
 
     @property
     def taken(self) -> int:
