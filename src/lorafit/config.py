@@ -119,7 +119,7 @@ class ModelConfig:
     """The base model, and where it lives."""
 
     model: str = knob("", "hub name, local folder, or .gguf file of the base model")
-    adapter: str | None = knob(None, "adapter folder to load on top")
+    adapter: str | None = knob(None, "adapter to load on top: folder, or owner/name or owner/name@revision on the hub")
     force_base: bool = knob(False, "load the adapter even if it was made on another base model")
     revision: str | None = knob(None, "branch, tag or commit on the hub")
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = knob(

@@ -22,11 +22,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, pre_tokenizers
 
 from lorafit.app import options, rows, runs
-from lorafit.app.cli import VERBS, TokensConfig, main
+from lorafit.app.cli import VERBS, FollowConfig, TokensConfig, main
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict
 from lorafit.errors import UsageError
 from lorafit.locks import lock
 from lorafit.lora.inits import INITS
+from lorafit.lora.inject import lora_disabled
+from lorafit.model.generate import generate
+from lorafit.model.load import load_model
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -229,7 +232,7 @@ def resolved(line: str, verb: str = "train") -> dict[str, Any]:
 
 
 def test_flags_overrule_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
-    defaults = as_dict(ModelConfig(), LoraConfig(), TokensConfig(), DataConfig(), TrainConfig())
+    defaults = as_dict(ModelConfig(), LoraConfig(), TokensConfig(), DataConfig(), TrainConfig(), FollowConfig())
     defaults |= {"out": "", "resume": False}
     assert resolved("") == defaults
     (tmp_path / "c.toml").write_text("r = 4\nlr = 1e-3\ntargets = ['q_proj']\n[rank_pattern]\nq_proj = 2\n")
@@ -325,13 +328,13 @@ def test_every_option_of_every_verb_has_a_sentence_and_a_readable_type() -> None
 # --- the verbs ---------------------------------------------------------------------------------------
 
 
-RUN_FILES = ["config.yaml", "log.jsonl", "loss.png"]
+RUN_FILES = ["about.json", "adapter", "checkpoints", "config.yaml", "log.jsonl", "loss.png"]
 
 
 def test_train_leaves_an_adapter_its_settings_a_log_and_a_picture(
     run_folder: Path, model_folder: Path, data_file: Path
 ) -> None:
-    assert sorted(p.name for p in run_folder.iterdir()) == ["adapter", "checkpoints", *RUN_FILES]
+    assert sorted(p.name for p in run_folder.iterdir()) == RUN_FILES
     records = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(8))  # 16 rows, 4 a step, 2 epochs
     assert {"loss", "grad_norm", "lr", "tokens_per_second", "memory_mb"} <= records[0].keys()
@@ -344,6 +347,39 @@ def test_train_leaves_an_adapter_its_settings_a_log_and_a_picture(
     written = resolved(f"--config {run_folder / 'config.yaml'}")
     asked = {"model": str(model_folder), "data": str(data_file), "r": 4, "lr": 1e-2, "batch_size": 4, "eval_rows": 4}
     assert asked.items() <= written.items()
+
+
+def test_train_notes_what_a_report_needs(run_folder: Path, model_folder: Path, data_file: Path) -> None:
+    about = json.loads((run_folder / "about.json").read_text())
+    model, tokenizer = load_model(model_folder, dtype="float32", device="cpu", adapter=run_folder / "adapter")
+    examples, held_out = rows.read_rows(
+        ModelConfig(model=str(model_folder)), DataConfig(data=str(data_file), eval_rows=4), tokenizer, seed=0
+    )
+    assert [about["data"][name] for name in ("rows", "held_out")] == [16, 4]
+    assert about["data"]["tokens"] == sum(len(example.ids) for example in examples)
+    assert sum(about["data"]["lengths"]["rows"]) == sum(about["data"]["lengths"]["supervised"]) == 16
+    assert about["plan"]["trainable"] == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    assert len(about["layers"]) == 14  # of two blocks
+    asked = [json.loads(line) for line in data_file.read_text().splitlines()]
+    assert len(about["samples"]) == 3
+    for sample, row in zip(about["samples"], held_out, strict=False):
+        number = int(sample["source"].rpartition(":")[2])
+        question = asked[number - 1]["prompt"]
+        assert (sample["source"], sample["answer"]) == (row.source, asked[number - 1]["completion"])
+        assert question in sample["prompt"]
+        said = {"after": generate(model, tokenizer, [question], max_new_tokens=64)[0]}
+        with lora_disabled(model):
+            said["before"] = generate(model, tokenizer, [question], max_new_tokens=64)[0]
+        assert {name: sample[name] for name in said} == {name: text.strip() for name, text in said.items()}
+
+
+def test_a_run_may_keep_no_answers(run_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    line = f"train --config {run_folder / 'config.yaml'} --out {out} --samples 0 --steps 1"
+    assert main(line.split()) == 0
+    assert json.loads((out / "about.json").read_text())["samples"] == []
+    assert main(["report", str(out)]) == 0
+    assert "Not shown: the run kept no answers" in (out / "report.html").read_text()
 
 
 def test_the_written_settings_make_the_same_adapter_again(run_folder: Path, tmp_path: Path) -> None:

@@ -18,8 +18,6 @@ from transformers import GenerationConfig
 
 from lorafit.adapter.peft_format import read_for
 from lorafit.adapter.shards import (
-    (,
-)
     INDEX,
     Shards,
     beyond_layers,

@@ -38,6 +38,7 @@ from lorafit.adapter.untrusted import explained, parse, shown
 from lorafit.adapter.weights_file import NAME, Entry, WeightsFile, open_weights
 from lorafit.errors import AdapterError, NumericError, UsageError, listing
 from lorafit.files import MANIFEST, damaged, new_folder, read_manifest, write_json, write_tensors
+from lorafit.hub import adapter_folder
 from lorafit.lora import inject
 from lorafit.lora.identity import adapter_digest, merged_digests
 from lorafit.lora.inits import BLANK, BLANK_KEPT, Init, factor_dtype, find_init
@@ -120,12 +121,14 @@ def unload_lora(model: nn.Module, path: str | Path | None = None) -> None:
 def load_lora(model: nn.Module, path: str | Path, *, trainable: bool = True, force_base: bool = False) -> Plan:
     """Put the adapter in the folder `path` into `model`, in place of any it carries; returns what was loaded.
 
-    The model's function then equals PEFT's with the same file. With `trainable=False` A and B are frozen as
-    well. Raises AdapterError in one line that lists every missing, unexpected, mis-shaped or non-finite
-    tensor; the model is unchanged then, and the base weights are in any case. So it does if the adapter was made
-    on another base (unless `force_base`), is already merged into this one, or is not what was saved.
+    `path` may also be `owner/name` or `owner/name@revision` on the hub. The model's function then equals PEFT's with
+    the same file. With `trainable=False` A and B are frozen as well. Raises AdapterError in one line that lists every
+    missing, unexpected, mis-shaped or non-finite tensor; the model is unchanged then, and the base weights are in any
+    case. So it does if the adapter was made on another base (unless `force_base`), is already merged into this one,
+    or is not what was saved.
     """
-    plan, tensors, start = _begun(model, read_for(model, Path(path), force_base), Path(path))
+    folder = adapter_folder(path)
+    plan, tensors, start = _begun(model, read_for(model, folder, force_base), folder)
     inject.remove_lora(model)
     if plan.tokens and enlarge(model, 1 + max(plan.config.train_tokens)):  # rows that only the adapter knows
         plan = inject.find_targets(model, plan.config, strict=False)

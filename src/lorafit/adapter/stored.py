@@ -21,6 +21,7 @@ from lorafit.adapter.untrusted import explained, plain
 from lorafit.adapter.weights_file import Entry
 from lorafit.config import LoraConfig
 from lorafit.errors import AdapterError, UsageError, listing
+from lorafit.hub import adapter_folder
 from lorafit.lora.inits import factor_dtype
 from lorafit.lora.inject import Plan, Target
 from lorafit.lora.layers import scale_of
@@ -53,7 +54,7 @@ class Stored:
 
 def read_stored(path: str | Path) -> Stored:
     """Read the adapter in the folder `path`; AdapterError in one line if the files are not what they should be."""
-    folder = Path(path)
+    folder = adapter_folder(path)
     config = read_config(folder)
     if config["init_lora_weights"] in MADE_ANEW:
         raise AdapterError(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorafit.app import adapters, merging, options, signals
+from lorafit.app import adapters, merging, options, sharing, signals
 from lorafit.app.common import OutConfig, base, make_console, need, say, source, with_adapter
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict, knob
 from lorafit.errors import Interrupted, LorafitError, ModelError, UsageError, nearest
@@ -32,6 +32,19 @@ class ResumeConfig:
     """A run that was cut off"""
 
     resume: bool = knob(False, "go on with the run in --out, with its settings, from its newest whole checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FollowConfig:
+    """How the run can be followed, and what is kept of it"""
+
+    track: tuple[str, ...] = knob((), "also tell tensorboard, wandb or trackio of each step (where installed)")
+    samples: int = knob(3, "rows whose answers without and with the adapter are kept for `lorafit report`")
+    sample_tokens: int = knob(64, "longest of these answers in tokens")
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.sample_tokens < 0:
+            raise UsageError("samples and sample_tokens must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +103,7 @@ def train(
     tokens: TokensConfig,
     data: DataConfig,
     training: TrainConfig,
+    follow: FollowConfig,
     out: OutConfig,
     again: ResumeConfig,
 ) -> None:
@@ -98,14 +112,16 @@ def train(
     if model.adapter and (lora, tokens) != (LoraConfig(), TokensConfig()):
         raise UsageError("an adapter brings its own settings: with --adapter leave the LoRA flags out")
     from lorafit.app import runs
+    from lorafit.app.trackers import check_trackers
     from lorafit.files import sweep
     from lorafit.locks import lock
 
+    check_trackers(follow.track)
     folder = Path(out.out)
     with lock(folder):
         sweep(folder)
         runs.check_free(folder, again.resume)
-        fine_tune(model, lora, tokens, data, training, folder, again.resume)
+        fine_tune(model, lora, tokens, data, training, follow, folder, again.resume)
 
 
 def fine_tune(
@@ -114,6 +130,7 @@ def fine_tune(
     tokens: TokensConfig,
     data: DataConfig,
     training: TrainConfig,
+    follow: FollowConfig,
     folder: Path,
     resume: bool,
 ) -> None:
@@ -122,6 +139,9 @@ def fine_tune(
 
     from lorafit.adapter.peft_format import load_lora, save_lora
     from lorafit.app import rows, runs, starts
+    from lorafit.app.about import about
+    from lorafit.app.trackers import following
+    from lorafit.files import write_json
     from lorafit.lora.tokens import enlarge
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
@@ -143,10 +163,15 @@ def fine_tune(
         lora = replace(plan.config, train_tokens=lora.train_tokens)  # with the ranks that the data asked for
     console.print(f"{plan}\n{rows.summary(examples, held_out)}")
     evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
-    settings = as_dict(model, lora, tokens, data, training, OutConfig(out=str(folder)))
+    settings = as_dict(model, lora, tokens, data, training, follow, OutConfig(out=str(folder)))
     done = runs.start(folder, settings, resume=resume)
     place = {"resume" if resume else "checkpoints": folder / runs.CHECKPOINTS}
-    with signals.noted(), runs.progress(console, loop.count_steps(training, batches), folder / runs.LOG, done) as show:
+    steps = loop.count_steps(training, batches)
+    with (
+        following(follow.track, folder, settings, done, console.print) as tell,
+        signals.noted(),
+        runs.progress(console, steps, folder / runs.LOG, done, tell) as show,
+    ):
         result = loop.train(
             net,
             batches,
@@ -160,9 +185,12 @@ def fine_tune(
     beside = tokenizer if plan.tokens else None
     adapter = save_lora(net, folder / runs.ADAPTER, base_model=model.model, tokenizer=beside)
     runs.draw_losses(result.history, folder / runs.PICTURE, title=f"{model.model} on {data.data}")
+    kept: dict[str, Any] = {"settings": settings, "count": follow.samples, "tokens": follow.sample_tokens}
+    write_json(folder / runs.ABOUT, about(net, tokenizer, plan, adapter, examples, held_out, **kept))
     console.print(runs.epochs_table(result.epoch_losses, result.evaluations, batches.steps_per_epoch))
     console.print(f"adapter {adapter}, log {folder / runs.LOG}, picture {folder / runs.PICTURE}")
     console.print(f"talk to it: lorafit chat --model {model.model} --adapter {adapter}")
+    console.print(f"show it: lorafit report {folder}")
 
 
 def evaluate(model: ModelConfig, data: DataConfig, seed: SeedConfig) -> None:
@@ -306,6 +334,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "diff": adapters.diff,
     "export": adapters.export,
     "check": adapters.check,
+    "push": sharing.push,
+    "report": sharing.report,
 }
 
 # --- what they share ---------------------------------------------------------------------------------

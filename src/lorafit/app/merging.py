@@ -44,11 +44,12 @@ def merged(model: ModelConfig, out: str) -> tuple[int, Any, str | None]:
     """Write the merged model; returns its bytes, its precision, and why it was made in memory, if it was."""
     from lorafit.adapter.merge import merge_files, reason_against
     from lorafit.files import need_space
+    from lorafit.hub import adapter_folder
     from lorafit.lora.inject import merge_lora
     from lorafit.model.load import load_model, load_skeleton, load_tokenizer, model_folder, save_model
     from lorafit.model.storage import store
 
-    adapter = Path(model.adapter or "")
+    adapter = adapter_folder(model.adapter or "")
     reason: str | None = "the base is a GGUF file"
     if model.storage != "dense":
         reason = f"the base is kept as {model.storage}"
