@@ -250,6 +250,48 @@ def test_pefts_file_means_the_same_here(case: str, tiny: Tiny, shaken: Tiny, tok
     assert_same(logits(in_peft(tiny(family), tmp_path / "ours"), token_ids()), logits(theirs, token_ids()))
 
 
+MOVED: dict[str, tuple[str, dict[str, Any]]] = {
+    "PiSSA": ("llama", {"rank_pattern": {"q_proj": 8}}),
+    "PiSSA, Conv1D": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "PiSSA, rsLoRA": ("qwen3", {"use_rslora": True}),
+    "PiSSA, DoRA": ("llama", {"use_dora": True}),
+    "OLoRA": ("llama", {"init_lora_weights": "olora"}),
+}
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_what_peft_saves_of_a_base_it_moved(
+    case: str, tiny: Tiny, shaken: Tiny, token_ids: Tiny, tmp_path: Path
+) -> None:
+    """As it is, so that the start is made anew from the base, and as the pair of twice the rank it can convert it to.
+
+    PEFT's own base is rounded where it was moved, and it moves none in float64.
+    """
+    family, settings = MOVED[case]
+    config = peft_config(**({"init_lora_weights": "pissa"} | settings))
+    init, names = config.init_lora_weights, ["native"]
+    model: Any = peft.get_peft_model(tiny(family), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config.init_lora_weights = True  # or PEFT would take the start from the base once more
+        model.save_pretrained(str(tmp_path / "start"))
+        config.init_lora_weights = init
+        trained = logits(shaken(model).eval(), token_ids())
+        model.save_pretrained(str(tmp_path / "native"))
+        if not config.use_dora:  # in which PEFT's conversion would lose the magnitudes
+            model.save_pretrained(
+                str(tmp_path / "converted"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
+            )
+            names.append("converted")
+    for name in names:
+        ours = tiny(family)
+        plan = load_lora(ours, tmp_path / name)
+        assert min(target.r for target in plan.targets) == (8 if name == "converted" else 4)
+        torch.testing.assert_close(
+            logits(ours, token_ids()), trained, rtol=0, atol=3e-6 * trained.abs().max().item()
+        )
+
+
 def test_peft_reloads_its_overlapping_patterns_wrongly_and_ours_rightly(
     tiny: Tiny, shaken: Tiny, token_ids: Tiny, tmp_path: Path
 ) -> None:

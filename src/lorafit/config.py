@@ -88,18 +88,25 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = knob({}, "other ranks for some layers: {name ending or regex: r}")
     alpha_pattern: Mapping[str, float] = knob({}, "other alphas for some layers: {name ending or regex: alpha}")
     train_modules: tuple[str, ...] = knob((), "modules trained in full beside LoRA, by name ending: norm, lm_head")
+    train_tokens: tuple[int, ...] = knob((), "ids of tokens whose rows are trained, in the embedding and output head")
+    token_layers: tuple[str, ...] = knob((), "by name ending, the layers in which they are; none: both")
 
     def __post_init__(self) -> None:
-        for name in ("targets", "parameters", "exclude", "layers", "train_modules"):
+        one_or_more = ("parameters", "train_modules", "token_layers")
+        for name in ("targets", "parameters", "exclude", "layers", "train_modules", "train_tokens", "token_layers"):
             value = getattr(self, name)
-            if isinstance(value, list | set) or (name in ("parameters", "train_modules") and isinstance(value, str)):
+            if isinstance(value, list | set) or (name in one_or_more and isinstance(value, str)):
                 value = (value,) if isinstance(value, str) else tuple(value)
                 object.__setattr__(self, name, value)
-        _named(self, "targets", "parameters", "exclude", "train_modules")
+        _named(self, "targets", "parameters", "exclude", "train_modules", "token_layers")
+        ids = _items(self.train_tokens)
+        if not all(type(n) is int and n >= 0 for n in ids) or len(set(ids)) < len(ids):
+            raise UsageError(f"train_tokens must be a list of different token ids, not {self.train_tokens!r}")
+        if self.token_layers and not ids:
+            raise UsageError("token_layers says where train_tokens are, and there are none")
         if self.layers is not None and not all(type(n) is int and n >= 0 for n in _items(self.layers)):
             raise UsageError(f"layers must be a list of block numbers, not {self.layers!r}")
-        _positive(self, "r", "alpha", "init_rows")
-        _within(self, 1, math.inf, "init_rho")
+        _positive(self, "r", "alpha", "init_rows", "init_rho")
         _within(self, 0, 1, "dropout")
         _patterns(self, "rank_pattern", "alpha_pattern")
         for rank in (self.r, *self.rank_pattern.values()):
@@ -112,7 +119,7 @@ class ModelConfig:
     """The base model, and where it lives."""
 
     model: str = knob("", "hub name, local folder, or .gguf file of the base model")
-    adapter: str | None = knob(None, "adapter folder to load on top")
+    adapter: str | None = knob(None, "adapter to load on top: folder, or owner/name or owner/name@revision on the hub")
     force_base: bool = knob(False, "load the adapter even if it was made on another base model")
     revision: str | None = knob(None, "branch, tag or commit on the hub")
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = knob(

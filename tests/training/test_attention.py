@@ -69,7 +69,7 @@ def test_the_users_attention_is_given_back(tiny: Tiny, examples: Any) -> None:
     with pytest.raises(ZeroDivisionError), row_attention(model, batch):
         assert 1 / (model.config._attn_implementation != attention.NAME)
     assert model.config._attn_implementation == "eager"
-    assert attention._lengths is None
+    assert attention.pass_under_way() is None
 
 
 def by_definition(q: Any, k: Any, v: Any, lengths: tuple[int, ...], rule: Rule) -> torch.Tensor:

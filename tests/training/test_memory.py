@@ -271,7 +271,7 @@ def test_nothing_of_the_failed_pass_is_held_when_it_is_done_again() -> None:
             raise RuntimeError(str(ERRORS["cpu"]))  # a new one: it keeps its frames as long as it lives
 
     limit = PassLimit()
-    assert limit.within(lambda: attempt(limit), lambda: None, lambda note: None) == "done"
+    assert limit.within(lambda: attempt(limit), lambda note: None) == "done"
     assert limit.tokens == 3
 
 

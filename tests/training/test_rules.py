@@ -20,7 +20,7 @@ from lorafit.lora.names import key_matches
 from lorafit.training.loop import begin, take_step
 from lorafit.training.neftune import noisy_embeddings
 from lorafit.training.optim import make_optimizer
-from lorafit.training.rules import RULES, frozen_factors, without_gradient
+from lorafit.training.rules import RULES, held_still
 
 Tiny = Callable[..., Any]
 
@@ -258,18 +258,18 @@ def test_the_frozen_a_is_a_part_of_the_state(tiny: Tiny, examples: Tiny) -> None
         runs.append(begin(model, Batches(examples(8), 4), TrainConfig(rule="lora-fa")))
     with ExitStack() as training:
         for run in runs:
-            training.enter_context(without_gradient(frozen_factors(run.model, "lora-fa")))
+            training.enter_context(held_still(run.model, "lora-fa"))
         runs[1].restore(*runs[0].state())
         one, other = (dict(run.trained()) for run in runs)
     assert one.keys() == other.keys() == {n for n, _ in runs[0].model.named_parameters() if "lora_" in n}
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_lora_fa_where_a_has_to_move_is_refused(tiny: Tiny) -> None:
+def test_lora_fa_where_a_has_to_move_is_refused(tiny: Tiny, examples: Tiny) -> None:
     model = tiny("llama")
     add_lora(model, LoraConfig(targets=("embed_tokens", "q_proj")))
     with pytest.raises(UsageError, match=r"lora-fa freezes A, which is 0 in model\.embed_tokens: nothing would be"):
-        make_optimizer(model, TrainConfig(rule="lora-fa"))
+        train(model, Batches(examples(4), 4), TrainConfig(rule="lora-fa"))
     with pytest.raises(UsageError, match="rule lora-fa trains no A"):
         TrainConfig(rule="lora-fa", lora_plus_ratio=4)
 

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,9 +27,10 @@ from lorafit.lora.identity import adapter_digest, note_merged
 from lorafit.lora.inits import Init, Pair, find_init
 from lorafit.lora.layers import VARIANTS, LoraLinear, TrainedCopy, formula
 from lorafit.lora.names import as_names, block_number, collapse, key_matches, matches, no_match, resolve
+from lorafit.lora.tokens import TiedHead, TokenRows, find_rows, wrap_rows
 from lorafit.lora.weights import is_readable, read_weight
 
-Wrapper = LoraLinear | TrainedCopy
+Wrapper = LoraLinear | TrainedCopy | TokenRows | TiedHead
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,6 @@ class Target:
         """The module that is wrapped."""
         return self.name if self.parameter is None else self.name.removesuffix(f".{self.parameter}")
 
-    @property
-    def size(self) -> int:
-        """How many numbers A and B hold."""
-        return self.r * math.prod(self.shape[:-2]) * sum(self.shape[-2:])
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -67,6 +63,7 @@ class Plan:
     unreachable: Mapping[str, int]
     trainable: int
     total: int
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.config.variant}, init {self.config.init}"]
@@ -77,6 +74,7 @@ class Plan:
             for text, count in collapse(names):
                 lines.append(f"  {text}  ×{count}   {' × '.join(map(str, shape))}   r={r}, alpha={alpha:g}")
         lines += [f"  {text}  ×{count}   trained in full" for text, count in collapse(self.trained)]
+        lines += [f"  {name}   {len(ids)} rows trained" for name, ids in self.tokens.items()]
         share = 100 * self.trainable / self.total if self.total else 0.0
         lines.append(f"trained: {self.trainable:,} of {self.total:,} parameters ({share:.4f} %)")
         if self.unreachable:
@@ -128,7 +126,7 @@ def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
     layers = {
         name: module
         for name, module in modules.items()
-        if _is_layer(module) and name not in trained and not name.startswith(inside)
+        if is_readable(module) and read_weight(module).ndim == 2 and not f"{name}.".startswith(inside)
     }
     held = {name: shape for name, shape in held_weights(modules).items() if not name.startswith(inside)}
     chosen = _select(model, layers, held, config, strict)
@@ -144,8 +142,11 @@ def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
     refuse_unfit([target.name for target in targets if target.parameter], config)
     if not targets and not trained:
         raise UsageError(f"nothing to adapt: no linear layer in this {type(model).__name__} matches the configuration")
+    tokens = find_rows(model, modules, (*chosen, *trained), config, strict)
+    trainable, total = _counts(model, config, targets, trained)
+    rows = sum(len(ids) * modules[name].get_parameter("weight").shape[1] for name, ids in tokens.items())
     unreachable = _unreachable(model, trained, {target.name for target in targets})
-    return Plan(config, tuple(targets), tuple(trained), unreachable, *_counts(model, config, targets, trained))
+    return Plan(config, tuple(targets), tuple(trained), unreachable, trainable + rows, total + rows, tokens)
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -162,10 +163,6 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
         else:
             modules[name] = module
     return modules
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return is_readable(module) and read_weight(module).ndim == 2
 
 
 def _select(
@@ -207,10 +204,10 @@ def _narrowed(
         chosen = {n: count for n, count in chosen.items() if not any(matches(exclude, name) for name in known[n])}
     if config.layers is not None:
         numbers = {name: block_number(name) for name in chosen}
-        known_numbers = sorted({number for number in numbers.values() if number is not None})
-        missing = sorted(set(config.layers) - set(known_numbers))
+        blocks = sorted({number for number in numbers.values() if number is not None})
+        missing = sorted(set(config.layers) - set(blocks))
         if missing and strict:
-            span = f"{known_numbers[0]} to {known_numbers[-1]}" if known_numbers else "none"
+            span = f"{blocks[0]} to {blocks[-1]}" if blocks else "none"
             raise UsageError(f"layers: no block {listing(map(str, missing))} to adapt; the model's blocks are {span}")
         chosen = {name: count for name, count in chosen.items() if numbers[name] in config.layers}
     return chosen
@@ -274,13 +271,21 @@ def _unreachable(model: nn.Module, trained: Iterable[str], reached: Collection[s
     return found
 
 
+def tensor_shapes(target: Target, layer: nn.Module, variant: str) -> dict[str, tuple[int, ...]]:
+    """What a file holds for one target: names below its wrapper's own, and shapes."""
+    kind: Any = formula(layer, variant) if target.parameter is None else LoraParameter
+    shapes: dict[str, tuple[int, ...]] = kind.tensor_shapes(*target.shape, target.r)
+    return shapes
+
+
 def _counts(
     model: nn.Module, config: LoraConfig, targets: Iterable[Target], trained: Mapping[str, nn.Module]
 ) -> tuple[int, int]:
-    extra = 1 if config.variant == "dora" else 0
-    trainable = sum(t.size + extra * t.shape[0] for t in targets)
+    modules = plain_modules(model)
+    shapes = [tensor_shapes(target, modules[target.layer], config.variant) for target in targets]
+    trainable = sum(math.prod(shape) for layer in shapes for shape in layer.values())
     trainable += sum(p.numel() for module in trained.values() for p in module.parameters())
-    plain = {p for m in (model, *plain_modules(model).values()) for p in m.parameters(recurse=False)}
+    plain = {p for m in (model, *modules.values()) for p in m.parameters(recurse=False)}
     return trainable, sum(p.numel() for p in plain) + trainable
 
 
@@ -323,6 +328,7 @@ def execute(model: nn.Module, plan: Plan, init: Init | None = None, starts: Mapp
                 )
         for name in plan.trained:
             wrappers[name] = TrainedCopy(model.get_submodule(name))
+        wrappers |= wrap_rows(model, plan.tokens)
     except BaseException:
         _restore(model, flags)
         raise
@@ -416,30 +422,37 @@ def merge_lora(model: nn.Module, on_note: Callable[[str], object] = warnings.war
     bad = [name for name, layer in found if not _all_finite(layer)]
     if bad:
         raise NumericError(f"merging would write NaN or infinity into {listing(bad)}; nothing was changed")
-    digest = adapter_digest(file_state(model))
+    absorb(model, adapter_digest(file_state(model)), on_note)
+    return model
+
+
+@torch.no_grad()
+def absorb(model: nn.Module, digest: str | None, on_note: Callable[[str], object] = warnings.warn) -> None:
+    """Put every merged weight into its layer, looked at by the caller, and note `digest` as what was merged."""
+    found = list(wrappers(model))
     owners: dict[int, set[str]] = defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].add(name)
     untied, thawed = False, []
     for name, layer in reversed(found):  # the inner ones first
-        untied |= any(len(owners[id(parameter)]) > 1 for parameter in layer.base_layer.parameters())
+        if not isinstance(layer, TokenRows | TiedHead):  # which stay tied
+            untied |= any(len(owners[id(parameter)]) > 1 for parameter in layer.base_layer.parameters())
         plain = layer.trained if isinstance(layer, TrainedCopy) else layer.write_merged()
         thawed += [name] if type(plain) is not type(layer.base_layer) else []
         model.set_submodule(name, plain)
     if thawed:
-        thawed.reverse()
-        on_note(f"merged into what their storage held, not into the original weights, and dense now: {listing(thawed)}")
+        said = listing(thawed[::-1])
+        on_note(f"merged into what their storage held, not into the original weights, and dense now: {said}")
     if untied:
         _declare_untied(model)
     note_merged(model, digest)
     _forget(model)
-    return model
 
 
 def _all_finite(layer: Wrapper) -> bool:
     if isinstance(layer, LoraLinear):
         return bool(layer.merged_weight().isfinite().all())
-    return all(bool(parameter.isfinite().all()) for parameter in layer.trained.parameters())
+    return all(bool(tensor.isfinite().all()) for tensor in layer.saved().values())
 
 
 def _declare_untied(model: nn.Module) -> None:

@@ -22,21 +22,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorafit.lora.fused import LowRankLinear
+from lorafit.lora.fused import Parts, low_rank_linear
+from lorafit.lora.fused_dora import GainedLowRankLinear
 from lorafit.lora.inits import Init, factor_dtype, find_init
 from lorafit.lora.weights import read_weight, write_weight
 
 TINY = 1e-30  # a squared norm below this is a row of zeros
 
 
+def scale_of(r: int, alpha: float, rslora: bool) -> float:
+    """s = alpha / r, or alpha / √r with `rslora` (Kalajdzievski 2023, arXiv:2312.03732)."""
+    return alpha / r**0.5 if rslora else alpha / r
+
+
 class LoraLinear(nn.Module):
     """y = W x + b + s·B·A·dropout(x)        x (…, in)   W (out, in)   A (r, in)   B (out, r)
 
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
-    s = alpha / r, or alpha / √r with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
-    `base_layer` is an nn.Linear, a transformers Conv1D, or anything registered in `weights.py`.
+    s = `scale_of(r, alpha, rslora)`. `base_layer` is an nn.Linear, a transformers Conv1D, or anything registered in
+    `weights.py`.
     """
 
+    pair_names = ("lora_A.weight", "lora_B.weight")
     lora_A0: Tensor | None
     lora_B0: Tensor | None
 
@@ -118,12 +125,9 @@ class LoraLinear(nn.Module):
         return bool((A.any(dim=-1) & B.any(dim=-2)).any())
 
     def saved(self) -> dict[str, Tensor]:
-        """The adapter's tensors as a file holds them, by their names below the layer's own."""
-        held = {key: t for key, t in self.state_dict(keep_vars=True).items() if not key.startswith("base_layer.")}
-        if self.kept:
-            del held["lora_A0"], held["lora_B0"]
-            held["lora_A.weight"], held["lora_B.weight"] = self.update
-        return held
+        """The adapter's tensors as a file holds them, by their names below the layer's own: A', B' for A, B."""
+        own, pair = self.state_dict(keep_vars=True), dict(zip(self.pair_names, self.update, strict=True))
+        return {name: pair[name] if name in pair else own[name] for name in self.tensor_shapes(0, 0, 0)}
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> None:
@@ -173,7 +177,10 @@ class LoraLinear(nn.Module):
             return result
         if self._plain(x):
             return self._fused(x)
-        y: Tensor = self.base_layer(x)
+        return self._added_to(self.base_layer(x), x)
+
+    def _added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """What comes out of the layer if y (…, out) comes out of its base."""
         return y + self._low_rank(x).to(y.dtype)
 
     def _low_rank(self, x: Tensor) -> Tensor:
@@ -200,13 +207,25 @@ class LoraLinear(nn.Module):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
 
+    @property
+    def parts(self) -> Parts:
+        """What `low_rank_linear` works with."""
+        return Parts(read_weight(self.base_layer), self.bias, *self.update, self.scale)
+
+    @property
+    def drops(self) -> bool:
+        """Whether A sees less than the base layer does."""
+        return self.training and isinstance(self.dropout, nn.Dropout)
+
     def _fused(self, x: Tensor) -> Tensor:
-        A, B = self.update
         rows = x.reshape(-1, x.shape[-1])
-        dropped = None if isinstance(self.dropout, nn.Identity) or not self.training else self.dropout(rows)
-        W = read_weight(self.base_layer)
-        y: Tensor = LowRankLinear.apply(rows, dropped, W, self.bias, A, B, self.scale)  # type: ignore[no-untyped-call]
+        y = self._fused_rows(rows, self.dropout(rows) if self.drops else None)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
+        """`forward` with a hand-written backward, (n, in) -> (n, out); `dropped` is x behind an active dropout."""
+        (y,) = low_rank_linear(x, dropped, [self.parts])
+        return y
 
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha:g}"
@@ -246,14 +265,21 @@ class DoraLinear(LoraLinear):
         norm = V.square().sum(dim=1).clamp_min(TINY).sqrt()
         return (V * (self.lora_magnitude_vector / norm).unsqueeze(1)).to(W.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)
-        if not self.enabled:
-            return y
+    @property
+    def gain(self) -> Tensor:
+        """m / ‖W + s·B·A‖, (out,)"""
+        return self.lora_magnitude_vector / self.row_norm()
+
+    def _added_to(self, y: Tensor, x: Tensor) -> Tensor:
         Wx = y if self.bias is None else y - self.bias
-        gain = self.lora_magnitude_vector / self.row_norm()  # (out,)
+        gain = self.gain
         # y plus a difference that is exactly 0 at the start, so that step 0 is the base model bit for bit.
         return y + (gain - 1).to(y.dtype) * Wx + gain.to(y.dtype) * self._low_rank(x).to(y.dtype)
+
+    def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
+        W, (A, B) = read_weight(self.base_layer), self.update
+        y: Tensor = GainedLowRankLinear.apply(x, dropped, W, self.bias, A, B, self.gain, self.scale)  # type: ignore[no-untyped-call]
+        return y
 
 
 class LoraEmbedding(LoraLinear):
@@ -262,6 +288,8 @@ class LoraEmbedding(LoraLinear):
     The same ΔW = s·B·A on the transposed table. A is looked up here, so A starts at 0 and B at N(0, 1), as in
     loralib.
     """
+
+    pair_names = ("lora_embedding_A", "lora_embedding_B")
 
     def start(self, W: Tensor, init: Init) -> None:
         dim, vocab = W.shape
@@ -332,11 +360,6 @@ VARIANTS: dict[str, type[LoraLinear]] = {"lora": LoraLinear, "dora": DoraLinear}
 def formula(base_layer: nn.Module, variant: str) -> type[LoraLinear]:
     """The class that adapts `base_layer`."""
     return LoraEmbedding if isinstance(base_layer, nn.Embedding) else VARIANTS[variant]
-
-
-def scale_of(r: int, alpha: float, rslora: bool) -> float:
-    """s in ΔW = s·B·A."""
-    return alpha / r**0.5 if rslora else alpha / r
 
 
 def subtrahend(a: Tensor, difference: Tensor) -> Tensor:

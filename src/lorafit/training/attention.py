@@ -31,9 +31,9 @@ NEUTRAL = {
     "position_ids", "return_dict", "use_cache", "logits_to_keep", "output_router_logits", "num_items_in_batch",
 }  # fmt: skip
 
-# Lengths of the rows in the pass under way. A plain global: a backward pass that recomputes (gradient checkpointing)
-# may run in another thread, and has to see the same rows.
-_lengths: tuple[int, ...] | None = None
+# The pass under way. A plain global: a backward pass that recomputes (gradient checkpointing) may run in another
+# thread, and has to see the same rows.
+_batch: Batch | None = None
 
 
 class CannotPack(Exception):
@@ -42,19 +42,23 @@ class CannotPack(Exception):
 
 @contextmanager
 def row_attention(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """Inside the block, forward and backward of a packed `batch` keep its rows apart. Does nothing for a padded one."""
-    global _lengths
-    if not batch.packed:
-        yield
-        return
-    before = model.config._attn_implementation  # type: ignore[union-attr]
-    model.set_attn_implementation(NAME)  # type: ignore[operator]
-    _lengths = batch.lengths
+    """Inside the block, forward and backward are those of `batch`: where it is packed, its rows are kept apart."""
+    global _batch
+    if batch.packed:
+        before = model.config._attn_implementation  # type: ignore[union-attr]
+        model.set_attn_implementation(NAME)  # type: ignore[operator]
+    _batch = batch
     try:
         yield
     finally:
-        _lengths = None
-        model.set_attn_implementation(before)  # type: ignore[operator]
+        _batch = None
+        if batch.packed:
+            model.set_attn_implementation(before)  # type: ignore[operator]
+
+
+def pass_under_way() -> Batch | None:
+    """The batch of the `row_attention` that is open."""
+    return _batch
 
 
 def attend(
@@ -74,11 +78,11 @@ def attend(
     `sliding_window` w lets a position see itself and the w − 1 before it; `softcap` c bends scores to c·tanh(score/c).
     """
     asked = [name for name, value in unknown.items() if value is not None and name not in NEUTRAL]
-    if asked or attention_mask is not None or _lengths is None or query.shape[0] != 1:
+    if asked or attention_mask is not None or _batch is None or query.shape[0] != 1:
         raise CannotPack(f"attention with {', '.join(asked) or 'a mask of its own'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = Rule(scale, sliding_window, softcap, dropout if module.training else 0.0)
-    return _rows(query[0], key[0], value[0], _lengths, rule).unsqueeze(0), None
+    return _rows(query[0], key[0], value[0], _batch.lengths, rule).unsqueeze(0), None
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], rule: Rule) -> Tensor:
@@ -94,7 +98,8 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], rule: Rule)
 def _has_varlen(q: Tensor, v: Tensor, rule: Rule) -> bool:
     """Whether torch's own kernel for rows of different lengths does this: half precision on CUDA, nothing special."""
     half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] <= 256
-    return q.is_cuda and half and rule.cap is None and not rule.dropout
+    new = torch.__version__ >= "2.12"  # as versions, not letters; before, it knew no grouped heads
+    return new and q.is_cuda and half and rule.cap is None and not rule.dropout
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], rule: Rule) -> Tensor:
@@ -122,17 +127,24 @@ def packs_exactly(model: nn.Module) -> bool:
     rows = _probe_rows(model)
     device = next(model.parameters()).device
     try:
+        logits, packed = probe(model, packed=True)
+        together = torch.split(logits, list(packed.lengths), dim=1)
         with evaluating(model):
-            packed = collate(rows, packed=True).to(device)
-            with row_attention(model, packed):
-                together = torch.split(_logits(model, packed), list(packed.lengths), dim=1)
             alone = [_logits(model, collate([row], packed=False).to(device)) for row in rows]
     except (CannotPack, TypeError, ValueError, RuntimeError):
         return False
-    return all(_close(a, b) for a, b in zip(together, alone, strict=True))
+    return all(close(a, b) for a, b in zip(together, alone, strict=True))
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+@torch.no_grad()
+def probe(model: nn.Module, packed: bool) -> tuple[Tensor, Batch]:
+    """Logits (batch, length, vocab) of a few short rows, without dropout, and the rows: to try what a model does."""
+    batch = collate(_probe_rows(model), packed=packed).to(next(model.parameters()).device)
+    with evaluating(model), row_attention(model, batch):
+        return _logits(model, batch), batch
+
+
+def close(a: Tensor, b: Tensor) -> bool:
     """Equal to rounding. A leak between rows moves logits by a good part of their own size."""
     tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64) else 5e-2
     return bool((a - b).abs().max() <= tolerance * b.abs().max())

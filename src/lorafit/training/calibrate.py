@@ -66,7 +66,7 @@ def calibrate(
         for target in find_targets(model, config).targets
         if not isinstance(model.get_submodule(target.name), nn.Embedding)
     ]
-    rho = config.init_rho if init.shares is not None and not config.rank_pattern else 1.0
+    rho = max(1.0, config.init_rho) if init.shares is not None and not config.rank_pattern else 1.0
     starts, shares = {}, {}
     with _frozen(model), evaluating(model):
         for target, statistic in _statistics(model, config, init, targets, batches, on_progress, on_note):
@@ -132,7 +132,7 @@ def _statistics(
             on_progress(before + min(done, rows), len(groups) * rows)
 
         gather = partial(_gather, model, group, init.statistic, batches, rows, passes, tell)
-        found = passes.limit.within(gather, lambda: None, on_note)
+        found = passes.limit.within(gather, on_note)
         while group:  # nothing else holds a statistic that has been used
             target = group.pop(0)
             yield target, found.pop(target.name)

@@ -82,7 +82,6 @@ class Checkpoints:
         try:
             yield
         except Interrupted as stopped:
-            self.run.optimizer.zero_grad(set_to_none=True)  # of a step that was cut off: it will be done again, whole
             self.save()
             kept = f"saved in {self.folder}" if self.folder else "nothing was saved"
             raise Interrupted(f"{stopped} after {self.run.taken} of {self.run.steps} steps; {kept}") from None

@@ -12,6 +12,7 @@ from lorafit.errors import UsageError, listing, nearest
 from lorafit.lora.inject import wrappers
 from lorafit.lora.layers import LoraEmbedding, LoraLinear
 from lorafit.lora.names import key_matches
+from lorafit.lora.tokens import TokenRows
 from lorafit.training.rules import apply_rule, frozen_factors
 
 
@@ -78,12 +79,16 @@ class _Place(NamedTuple):
 
     @property
     def embeds(self) -> bool:
-        """Whether it is looked up: an update of an embedding, or an embedding trained in full."""
-        return isinstance(getattr(self.layer, "base_layer", self.layer), nn.Embedding)
+        """Whether it is looked up: an update of an embedding, trained rows, or an embedding trained in full."""
+        return isinstance(getattr(self.layer, "base_layer", self.layer), nn.Embedding) or self.rows
+
+    @property
+    def rows(self) -> bool:
+        return isinstance(self.layer, TokenRows)
 
     @property
     def in_full(self) -> bool:
-        return not isinstance(self.layer, LoraLinear)
+        return not isinstance(self.layer, LoraLinear) and not self.rows
 
     @property
     def beside_a(self) -> bool:

@@ -73,18 +73,22 @@ def apply_rule(model: nn.Module, optimizer: torch.optim.Optimizer, rule: str) ->
 
 
 def frozen_factors(model: nn.Module, rule: str) -> list[Tensor]:
-    """What `rule` does not let move: every A, for LoRA-FA. UsageError where an A is 0, since B would stay as it is."""
+    """What `rule` does not let move: every A, for LoRA-FA."""
     if rule != "lora-fa":
         return []
-    found = {name: layer.factors[0] for name, layer in wrappers(model) if isinstance(layer, LoraLinear)}
-    if still := [name for name, A in found.items() if not A.any()]:
-        raise UsageError(f"rule lora-fa freezes A, which is 0 in {listing(still)}: nothing would be learned there")
-    return list(found.values())
+    return [layer.factors[0] for _, layer in wrappers(model) if isinstance(layer, LoraLinear)]
 
 
 @contextmanager
-def without_gradient(tensors: list[Tensor]) -> Iterator[None]:
-    """Inside the block no gradient is computed for `tensors`."""
+def held_still(model: nn.Module, rule: str) -> Iterator[None]:
+    """Inside the block no gradient is computed for what `rule` freezes.
+
+    UsageError where an A is 0, as that of a fresh embedding: B would not move either.
+    """
+    tensors = frozen_factors(model, rule)
+    names = [name for name, layer in wrappers(model) if isinstance(layer, LoraLinear)]
+    if still := [name for name, A in zip(names, tensors, strict=False) if not A.any()]:
+        raise UsageError(f"rule lora-fa freezes A, which is 0 in {listing(still)}: nothing would be learned there")
     before = [tensor.requires_grad for tensor in tensors]
     try:
         for tensor in tensors:
