@@ -55,8 +55,8 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=_names(WORKLOADS), default=list(WORKLOADS), help="workloads, with commas")
-    parser.add_argument("--peers", type=_names(BUILDERS), default=list(PEERS), help="peers, with commas")
+    parser.add_argument("--only", type=names(WORKLOADS), default=list(WORKLOADS), help="workloads, with commas")
+    parser.add_argument("--peers", type=names(BUILDERS), default=list(PEERS), help="peers, with commas")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ladder", action="store_true", help="W1 also for each step from the tutorial to lorafit")
     parser.add_argument("--table", action="store_true", help="run nothing, only report")
@@ -64,7 +64,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
+def names(known: Iterable[str]) -> Callable[[str], list[str]]:
     """An argparse type: names with commas between them, each of them known."""
     able = list(known)
 

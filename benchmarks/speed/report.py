@@ -145,9 +145,13 @@ def _refusals(refused: dict[str, str]) -> list[str]:
     return [f"Not timed: {TITLES[name]} ({why})." for name, why in refused.items() if why]
 
 
-def insert(text: str, part: str) -> str:
-    """`text` with what stands between its two markers replaced by `part`."""
-    begin, end = "<!-- speed -->", "<!-- /speed -->"
+def insert(text: str, part: str, mark: str = "speed") -> str:
+    """`text` with what stands between its two markers replaced by `part`; behind it all where it has none."""
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    if begin not in text:
+        text = f"{text}\n{begin}\n"
+    if end not in text:
+        text = text.replace(begin, f"{begin}\n{end}", 1)
     before, rest = text.split(begin, 1)
     return f"{before}{begin}\n{part}\n{end}{rest.split(end, 1)[1]}"
 
