@@ -21,7 +21,7 @@ demo: .venv/model
 	$(BIN)/lorafit demo
 
 test: .venv/model
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 check: .venv/installed
 	$(BIN)/ruff check .

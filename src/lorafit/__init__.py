@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lorafit.data.batches import Batches
     from lorafit.data.read import read_examples
     from lorafit.errors import LorafitError
-    from lorafit.lora.inits import INITS
+    from lorafit.lora.inits import INITS, init
     from lorafit.lora.inject import (
         add_lora,
         count_parameters,
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
         print_trainable_parameters,
     )
     from lorafit.lora.layers import VARIANTS, DoraLinear, LoraEmbedding, LoraLinear
+    from lorafit.lora.tokens import add_tokens
     from lorafit.model.generate import generate, stream
     from lorafit.model.load import load_model
+    from lorafit.training.calibrate import calibrate
     from lorafit.training.loop import evaluate, train
 
 # Where each public name lives. They are imported when first used: `lorafit --help` must not wait for torch.
@@ -37,7 +39,7 @@ _HOME = {
     "config": ("DataConfig", "LoraConfig", "ModelConfig", "TrainConfig"),
     "errors": ("LorafitError",),
     "lora.layers": ("VARIANTS", "DoraLinear", "LoraEmbedding", "LoraLinear"),
-    "lora.inits": ("INITS",),
+    "lora.inits": ("INITS", "init"),
     "lora.inject": (
         "add_lora",
         "count_parameters",
@@ -47,12 +49,14 @@ _HOME = {
         "print_model_parameters",
         "print_trainable_parameters",
     ),
+    "lora.tokens": ("add_tokens",),
     "adapter.algebra": ("combine_adapters", "diff_adapters", "resize_adapter"),
     "adapter.check": ("check_adapter",),
     "adapter.export": ("export_adapter",),
     "adapter.peft_format": ("load_lora", "save_lora", "unload_lora"),
     "data.read": ("read_examples",),
     "data.batches": ("Batches",),
+    "training.calibrate": ("calibrate",),
     "training.loop": ("evaluate", "train"),
     "model.load": ("load_model",),
     "model.generate": ("generate", "stream"),
@@ -73,6 +77,8 @@ __all__ = [
     "ModelConfig",
     "TrainConfig",
     "add_lora",
+    "add_tokens",
+    "calibrate",
     "check_adapter",
     "combine_adapters",
     "count_parameters",
@@ -81,6 +87,7 @@ __all__ = [
     "export_adapter",
     "find_targets",
     "generate",
+    "init",
     "load_lora",
     "load_model",
     "lora_disabled",

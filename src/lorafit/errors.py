@@ -5,7 +5,8 @@ its code. Anything else that escapes is a bug, and `--debug` shows where.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class LorafitError(Exception):
@@ -68,10 +69,31 @@ class OutOfMemory(LorafitError, MemoryError):
     exit_code = 10
 
 
+class HubError(LorafitError, ConnectionError):
+    """The hub does not take what it is given."""
+
+    exit_code = 11
+
+
+class HubBusy(HubError):
+    """The hub cannot take it now: the same command goes on later (EX_TEMPFAIL, so that a scheduler requeues)."""
+
+    exit_code = 75
+
+
 class Interrupted(LorafitError):
     """Stopped by a signal after saving; the run can be resumed (EX_TEMPFAIL, so that a scheduler requeues)."""
 
     exit_code = 75
+
+
+@contextmanager
+def said_of(name: str) -> Iterator[None]:
+    """A UsageError raised inside begins with `name`, the layer it is about."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -96,13 +96,13 @@ def test_it_is_not_compiled_again_for_every_length(run: Compiled, compiler: Coun
 
 def test_attention_is_not_compiled(run: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    row = attention._row
+    rows = attention._rows
 
     def watched(*args: Any) -> torch.Tensor:
         seen.append(torch.compiler.is_compiling())
-        return row(*args)
+        return rows(*args)
 
-    monkeypatch.setattr(attention, "_row", watched)
+    monkeypatch.setattr(attention, "_rows", watched)
     run(compile=True)
     assert seen
     assert not any(seen)

@@ -289,3 +289,14 @@ def test_the_held_out_rows_are_looked_at_every_so_many_steps_and_at_the_end(
     config = TrainConfig(steps=5, eval_every=every)
     result = train(adapted(tiny, "llama", torch.float32), batches, config, evaluation=Batches(examples(2), 2))
     assert list(result.evaluations) == looked_at
+
+
+def test_nothing_is_kept_below_the_first_adapted_layer(tiny: Tiny, examples: Any) -> None:
+    """No gradient is wanted there, so autograd has nothing to go back through."""
+    model = tiny("llama", num_hidden_layers=3)
+    add_lora(model, LoraConfig(r=4, layers=(2,)))
+    wants: list[bool] = []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda module, args, output: wants.append(output.requires_grad))
+    train(model, Batches(examples(4), 4), TrainConfig(steps=1))
+    assert wants[-3:] == [False, False, True]

@@ -54,7 +54,7 @@ def test_the_estimate_is_about_what_autograd_keeps(
     sizes = {"n_embd": 128, "n_layer": 3, "vocab_size": 500} if family == "gpt2" else {**SIZES, "head_dim": 32}
     model = adapted(tiny, family, dtype, **sizes).train()
     measured = kept_bytes(model, [row(length)] * 4) / (4 * length)
-    assert low <= need(model, length).token / measured <= high
+    assert low <= need(model).token / measured <= high
 
 
 def test_tokens_are_the_most_that_activations_allow() -> None:
@@ -66,7 +66,7 @@ def test_tokens_are_the_most_that_activations_allow() -> None:
 
 def test_checkpointing_is_part_of_the_estimate(tiny: Tiny) -> None:
     model = adapted(tiny, num_hidden_layers=8)
-    assert need(model, 60, checkpointing=True).token < 0.3 * need(model, 60).token
+    assert need(model, checkpointing=True).token < 0.3 * need(model).token
 
 
 # --- what is free ------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_with_plenty_of_memory_nothing_is_cut_and_with_little_everything_fits(
     batches = Batches(rows, 16)
     monkeypatch.setattr("lorafit.training.memory.free_memory", lambda device: 2**36)
     assert len(plan_passes(model, batches).window(batches, 0)) == 1
-    what, longest = need(model, 60), max(len(example.ids) for example in rows)
+    what, longest = need(model), max(len(example.ids) for example in rows)
     little = int((what.token + what.logits) * 2 * longest / memory.USED + what.adapter)
     monkeypatch.setattr("lorafit.training.memory.free_memory", lambda device: little)
     passes = plan_passes(model, batches)
@@ -152,7 +152,7 @@ def test_a_resumed_run_cuts_as_it_began(
 
 
 def adapter_and(tokens: int, model: nn.Module) -> float:
-    what = need(model, 60)
+    what = need(model)
     return what.adapter + what.activations(tokens) / memory.USED
 
 
@@ -271,7 +271,7 @@ def test_nothing_of_the_failed_pass_is_held_when_it_is_done_again() -> None:
             raise RuntimeError(str(ERRORS["cpu"]))  # a new one: it keeps its frames as long as it lives
 
     limit = PassLimit()
-    assert limit.within(lambda: attempt(limit), lambda: None, lambda note: None) == "done"
+    assert limit.within(lambda: attempt(limit), lambda note: None) == "done"
     assert limit.tokens == 3
 
 

@@ -100,7 +100,6 @@ def test_a_bad_step_moves_nothing(tiny: Tiny, examples: Any) -> None:
     after = run.state()[0]
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
 def test_bad_steps_stop_the_run_only_in_a_row(tiny: Tiny, examples: Any) -> None:

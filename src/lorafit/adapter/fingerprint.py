@@ -28,7 +28,8 @@ SAME = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pyt
 def base_fingerprint(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Facts of `model` and values of some weights of its `layers`, as JSON holds them.
 
-    Weights that are not plain floating-point numbers (quantised, sharded, on the meta device) are left out.
+    Weights that are not plain floating-point numbers (quantised, sharded, on the meta device) are left out; of 8-bit
+    ones the scales are taken.
     """
     weights = dict(_dense_weights(layers))
     values = {name: _packed(_sample(weights[name], VALUES)) for name in spread(list(weights), LAYERS)}
@@ -89,9 +90,9 @@ def _same(a: Any, b: Any) -> bool:
 
 def _dense_weights(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
     for name, layer in layers.items():
-        for key, weight in layer.named_parameters(name):
-            plain = type(weight) is nn.Parameter and not weight.is_meta and weight.dtype in DENSE
-            if plain and weight.numel() and key.endswith("weight"):
+        for key, weight in (*layer.named_parameters(name), *layer.named_buffers(name)):
+            plain = type(weight) in (nn.Parameter, Tensor) and not weight.is_meta and weight.dtype in DENSE
+            if plain and weight.numel() and (key.endswith(("weight", "scales")) or weight.ndim == 3):
                 yield key, weight.detach()
 
 

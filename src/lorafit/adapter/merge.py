@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from lorafit.adapter.peft_format import read_for
-from lorafit.adapter.shards import INDEX, Shards, find, load_on, open_shards, real_layer, ties, with_adapter
+from lorafit.adapter.shards import (
+    INDEX,
+    Shards,
+    beyond_layers,
+    find,
+    load_on,
+    open_shards,
+    real_layer,
+    ties,
+    with_adapter,
+)
 from lorafit.errors import ModelError, NumericError
 from lorafit.files import need_space, new_folder, tensor_parts, write_json, write_parts
 from lorafit.lora import inject
@@ -86,7 +96,10 @@ def reason_against(skeleton: Any, base: Path, adapter: Path) -> str | None:
         return f"some of its weights stay in fp32 when the rest is {skeleton.dtype}"
     try:
         with open_shards(base) as shards:
-            plan, _ = read_for(skeleton, adapter, force_base=True)
+            found = read_for(skeleton, adapter, force_base=True)
+            if reason := beyond_layers(found):
+                return reason
+            plan = found.plan
             held, own, tied = shards.entries.keys(), skeleton.state_dict().keys(), ties(skeleton)
             if twice := [name for name in own & held if not held.isdisjoint(tied.get(name, ()))]:
                 return f"its files hold {twice[0]} twice"

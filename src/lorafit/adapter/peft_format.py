@@ -13,7 +13,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from os.path import isfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,33 +23,53 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.adapter.fingerprint import base_fingerprint, other_base
-from lorafit.adapter.peft_config import CONFIG, describe, meaning, plan_for, read_config
+from lorafit.adapter.peft_config import (
+    CONFIG,
+    MADE_ANEW,
+    describe,
+    in_pefts_words,
+    meaning,
+    narrowed,
+    plan_for,
+    read_config,
+    widened,
+)
 from lorafit.adapter.untrusted import explained, parse, shown
 from lorafit.adapter.weights_file import NAME, Entry, WeightsFile, open_weights
 from lorafit.errors import AdapterError, NumericError, UsageError, listing
 from lorafit.files import MANIFEST, damaged, new_folder, read_manifest, write_json, write_tensors
+from lorafit.hub import adapter_folder
 from lorafit.lora import inject
 from lorafit.lora.identity import adapter_digest, merged_digests
-from lorafit.lora.inits import factor_dtype
+from lorafit.lora.inits import BLANK, BLANK_KEPT, Init, factor_dtype, find_init
 from lorafit.lora.inject import Plan
-from lorafit.lora.layers import VARIANTS, LoraEmbedding
+from lorafit.lora.layers import LoraLinear, scale_of
+from lorafit.lora.tokens import KEY, ROWS, enlarge
 from lorafit.lora.weights import read_weight
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model",
+)  # fmt: skip
+OWN = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", ROWS)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NOTE = "lorafit"
-"""The key of what we write into the metadata of the weights: the base's fingerprint, the configuration's meaning."""
+"""The key of what we write into the metadata of the weights: the base's fingerprint and the configuration's meaning.
+Where a start is kept, the init too: the pairs in the file are then [A; A − A0] and [B − B0, B0], of twice the rank."""
 
 
 # --- saving ---------------------------------------------------------------------------------------
 
 
-def save_lora(model: nn.Module, path: str | Path, base_model: str | None = None) -> Path:
+def save_lora(
+    model: nn.Module, path: str | Path, base_model: str | None = None, tokenizer: Any = None
+) -> Path:
     """Write the adapter that `model` carries as the folder `path`; PEFT and everything that reads its format
     opens it.
 
-    `base_model` is the name written for whoever loads it (default: where the model came from). An existing
+    `base_model` is the name written for whoever loads it (default: where the model came from). A `tokenizer` that
+    learned tokens is saved beside it; `load_model` takes it from there. An existing
     adapter in `path` is replaced in one step; a folder that holds anything else is left alone. Returns the
     folder. Raises UsageError without an adapter, NumericError (and writes nothing) if it holds NaN or
     infinity.
@@ -57,23 +78,32 @@ def save_lora(model: nn.Module, path: str | Path, base_model: str | None = None)
     if found is None:
         raise UsageError("there is no adapter in this model to save")
     base = base_fingerprint(model, inject.adapted_layers(model, found.plan))
-    said = describe(model, found.plan, base_model)
-    return write_adapter(Path(path), inject.adapter_state(model), found.plan, said, base)
+    kept = [name for name, layer in inject.wrappers(model) if isinstance(layer, LoraLinear) and layer.kept]
+    plan = in_pefts_words(widened(found.plan, kept) if kept else found.plan)
+    note = {"base": base} | ({"init": found.plan.config.init} if kept else {})
+    said = describe(model, plan, base_model)
+    return write_adapter(Path(path), inject.file_state(model), plan, said, note, tokenizer)
 
 
 def write_adapter(
-    path: Path, tensors: Mapping[str, Tensor], plan: Plan, said: Mapping[str, Any], base: Mapping[str, Any] | None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    plan: Plan,
+    said: Mapping[str, Any],
+    note: Mapping[str, Any],
+    tokenizer: Any = None,
 ) -> Path:
-    """Write an adapter folder: `tensors` by plain name, the configuration `said`, the fingerprint of the `base`."""
+    """Write an adapter folder: `tensors` by plain name, the configuration `said`, and a `note` for `read_note`."""
     named = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     if strange := [name for name in named if not NAME.fullmatch(name)]:
         raise UsageError(f"a name in a file is of printable ASCII without blanks, not {listing(map(shown, strange))}")
     if bad := [name for name, tensor in named.items() if not tensor.isfinite().all()]:
         raise NumericError(f"NaN or infinity in {listing(bad)}; nothing was written")
-    known = {"config": meaning(plan)} | ({} if base is None else {"base": base})
-    note = json.dumps(known, sort_keys=True, separators=(",", ":"))
-    with new_folder(path, replaces=(WEIGHTS, CONFIG, "README.md")) as folder:
-        write_tensors(folder / WEIGHTS, named, about={NOTE: note})
+    known = json.dumps({"config": meaning(plan)} | dict(note), sort_keys=True, separators=(",", ":"))
+    with new_folder(path, replaces=(WEIGHTS, CONFIG, "README.md", *TOKENIZER)) as folder:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_tensors(folder / WEIGHTS, named, about={NOTE: known})
         write_json(folder / CONFIG, said)
     return path
 
@@ -91,30 +121,44 @@ def unload_lora(model: nn.Module, path: str | Path | None = None) -> None:
 def load_lora(model: nn.Module, path: str | Path, *, trainable: bool = True, force_base: bool = False) -> Plan:
     """Put the adapter in the folder `path` into `model`, in place of any it carries; returns what was loaded.
 
-    The model's function then equals PEFT's with the same file. With `trainable=False` A and B are frozen as
-    well. Raises AdapterError in one line that lists every missing, unexpected, mis-shaped or non-finite
-    tensor; the model is unchanged then, and the base weights are in any case. So it does if the adapter was made
-    on another base (unless `force_base`), is already merged into this one, or is not what was saved.
+    `path` may also be `owner/name` or `owner/name@revision` on the hub. The model's function then equals PEFT's with
+    the same file. With `trainable=False` A and B are frozen as well. Raises AdapterError in one line that lists every
+    missing, unexpected, mis-shaped or non-finite tensor; the model is unchanged then, and the base weights are in any
+    case. So it does if the adapter was made on another base (unless `force_base`), is already merged into this one,
+    or is not what was saved.
     """
-    plan, tensors = read_for(model, Path(path), force_base)
+    folder = adapter_folder(path)
+    plan, tensors, start = _begun(model, read_for(model, folder, force_base), folder)
     inject.remove_lora(model)
+    if plan.tokens and enlarge(model, 1 + max(plan.config.train_tokens)):  # rows that only the adapter knows
+        plan = inject.find_targets(model, plan.config, strict=False)
     with torch.random.fork_rng(devices=[]):  # the start of A and B is overwritten: leave the caller's random numbers be
-        inject.execute(model, plan)
-    with torch.no_grad():
-        for name, value in inject.adapter_state(model).items():
-            value.copy_(tensors[name])
-            if isinstance(value, nn.Parameter):
-                value.requires_grad_(trainable)
+        inject.execute(model, plan, start)
+    for name, layer in inject.wrappers(model):
+        layer.take({key: tensors[f"{name}.{key}"] for key in layer.saved()})
+    for value in inject.adapter_state(model).values():
+        if isinstance(value, nn.Parameter):
+            value.requires_grad_(trainable)
     return plan
 
 
-def read_for(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, dict[str, Tensor]]:
+class InFile(NamedTuple):
+    """What an adapter folder asks for: where which tensors go (by plain name), and what else it says."""
+
+    plan: Plan
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    note: dict[str, Any]
+
+
+def read_for(model: nn.Module, folder: Path, force_base: bool) -> InFile:
     """What to do to `model`, and with which values; AdapterError before anything is done. Changes nothing."""
     with open_adapter(folder) as (file, entries):
-        plan = plan_for(model, read_config(folder), entries, folder)
+        raw = read_config(folder)
+        plan = plan_for(model, raw, entries, folder)
         needed, copies = _needed(model, plan), _copies(model, plan)
         _check_header(needed, entries, copies, folder)
-        _check_origin(model, plan, file, force_base)
+        note = _check_origin(model, plan, file, force_base)
         tensors = {name: file.read(entries[name]) for name in needed}
         repeated = [] if force_base else [name for name in copies if name in entries]
         problems = {
@@ -125,7 +169,53 @@ def read_for(model: nn.Module, folder: Path, force_base: bool) -> tuple[Plan, di
     merged = merged_digests(model)
     if merged and adapter_digest(tensors) in merged:
         raise AdapterError(f"{folder}: already merged into this model: load it on the model it was trained on")
-    return plan, tensors
+    return InFile(plan, tensors, raw, note)
+
+
+def _begun(model: nn.Module, found: InFile, folder: Path) -> tuple[Plan, dict[str, Tensor], Init]:
+    """Plan and tensors of a file for training to go on, and how the layers have to begin for it."""
+    plan, tensors, raw, note = found
+    if "init" in note:
+        return _narrowed(model, plan, note["init"], folder), tensors, BLANK_KEPT
+    if raw["init_lora_weights"] in MADE_ANEW:
+        plan = replace(plan, config=replace(plan.config, init=raw["init_lora_weights"]))
+        return plan, _with_starts(model, plan, tensors), BLANK_KEPT
+    return plan, tensors, BLANK
+
+
+def _with_starts(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The pairs of twice the rank that are, on an untouched base, what PEFT's pairs A, B are on one less s·B0·A0.
+
+    A0 and B0 are made anew from the base, as PEFT makes them when it loads such a file. Their signs are anybody's guess
+    and do not matter for B0·A0; they are taken so that A − A0 is what was learned.
+    """
+    init = find_init(plan.config.init)
+    pairs: dict[str, Tensor] = {}
+    for target in plan.targets:
+        layer = inject.plain_modules(model)[target.name]
+        if isinstance(layer, nn.Embedding):
+            continue
+        s = scale_of(target.r, target.alpha, plan.config.rslora)
+        with torch.no_grad():
+            A0, B0 = init(read_weight(layer).float(), target.r, s)
+        names = f"{target.name}.lora_A.weight", f"{target.name}.lora_B.weight"
+        A, B = (tensors[name].to(A0) for name in names)
+        signs = torch.where((A * A0).sum(dim=1) < 0, -1.0, 1.0)
+        A0, B0 = signs[:, None] * A0, B0 * signs
+        pairs |= dict(zip(names, (torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)), strict=True))
+    return tensors | pairs
+
+
+def _narrowed(model: nn.Module, plan: Plan, init: Any, folder: Path) -> Plan:
+    """The plan whose layers have a kept start and are, in the file, the pairs of twice the rank that `plan` names."""
+    modules = inject.plain_modules(model)
+    kept = [t.name for t in plan.targets if t.parameter is None and not isinstance(modules[t.layer], nn.Embedding)]
+    if odd := [t.name for t in plan.targets if t.name in kept and t.r % 2] or ([CONFIG] if plan.config.r % 2 else []):
+        raise AdapterError(f"{folder}: its note says that a start is kept, but an odd rank has none: {listing(odd)}")
+    plan = narrowed(plan, kept)
+    with suppress(UsageError):  # where it is not registered, its name is lost and nothing else
+        plan = replace(plan, config=replace(plan.config, init=find_init(str(init)).name))
+    return plan
 
 
 @contextmanager
@@ -151,7 +241,7 @@ def _by_plain_name(file: WeightsFile) -> dict[str, Entry]:
 
 def _plain_key(key: str) -> str:
     key = key.removeprefix("module.").removeprefix(PREFIX).replace("_orig_mod.", "")
-    key = re.sub(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.default\b", r".\1", key)
+    key = re.sub(rf"\.({'|'.join(OWN)})\.default\b", r".\1", key)
     return re.sub(r"\.modules_to_save(\.default)?\.", ".", key)
 
 
@@ -170,11 +260,14 @@ def _needed(model: nn.Module, plan: Plan) -> dict[str, _Slot]:
     """Every tensor that model and configuration call for, by plain name."""
     modules = inject.plain_modules(model)
     slots = {}
-    for target in plan.targets:
-        layer = modules[target.name]
-        kind = LoraEmbedding if isinstance(layer, nn.Embedding) else VARIANTS[plan.config.variant]
-        for key, shape in kind.tensor_shapes(*target.shape, target.r).items():
-            slots[f"{target.name}.{key}"] = _Slot(shape, factor_dtype(read_weight(layer)))
+    for target, wrapper in inject.wrapper_names(plan):
+        layer = modules[target.layer]
+        weight = read_weight(layer) if target.parameter is None else layer.get_parameter(target.parameter)
+        for key, shape in inject.tensor_shapes(target, layer, plan.config.variant).items():
+            slots[f"{wrapper}.{key}"] = _Slot(shape, factor_dtype(weight))
+    for name, ids in plan.tokens.items():
+        matrix = modules[name].get_parameter("weight")  # (vocab, dim) in both kinds of layer
+        slots[f"{name}.{KEY}"] = _Slot((len(ids), matrix.shape[1]), factor_dtype(matrix))
     for name in plan.trained:
         for key, own in modules[name].state_dict().items():
             slots[f"{name}.{key}"] = _Slot(tuple(own.shape), own.dtype)
@@ -207,15 +300,16 @@ def _check_header(
     _raise_if_any(problems, folder)
 
 
-def _check_origin(model: nn.Module, plan: Plan, file: WeightsFile, force_base: bool) -> None:
-    """What only files of ours can tell: that they are what was saved, together, and on this base."""
+def _check_origin(model: nn.Module, plan: Plan, file: WeightsFile, force_base: bool) -> dict[str, Any]:
+    """What only files of ours can tell: that they are what was saved, together, and on this base. Returns the note."""
     note = read_note(file, plan)
     if force_base or "base" not in note:
-        return
+        return note
     with explained(file.path, f"intact: its metadata '{NOTE}' cannot be read"):
         difference = other_base(note["base"], model, inject.adapted_layers(model, plan))
     if difference:
         raise other_base_error(file.path.parent, difference)
+    return note
 
 
 def other_base_error(folder: Path, difference: str) -> AdapterError:

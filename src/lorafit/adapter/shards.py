@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.adapter.fingerprint import other_base
-from lorafit.adapter.peft_format import open_adapter, other_base_error, read_for, read_note
+from lorafit.adapter.peft_config import MADE_ANEW
+from lorafit.adapter.peft_format import InFile, open_adapter, other_base_error, read_for
 from lorafit.adapter.untrusted import explained, open_file, parse
 from lorafit.adapter.weights_file import Entry, WeightsFile, open_weights
 from lorafit.errors import AdapterError, ModelError, listing
@@ -113,11 +114,13 @@ def with_adapter(layer: nn.Module, target: Target, plan: Plan, tensors: Mapping[
 
 def load_on(skeleton: nn.Module, shards: Shards, adapter: Path, force_base: bool) -> tuple[Plan, dict[str, Tensor]]:
     """What `load_lora` would put into the model, and where, refused for all that it refuses."""
-    plan, tensors = read_for(skeleton, adapter, force_base)
+    plan, tensors, _, note = found = read_for(skeleton, adapter, force_base)
+    if reason := beyond_layers(found):
+        raise AdapterError(f"{adapter}: {reason}")
     if force_base:
         return plan, tensors
     with open_adapter(adapter) as (file, entries):
-        base = read_note(file, plan).get("base")
+        base = note.get("base")
         known = base["values"] if base else {}
         layers = {
             target.name: real_layer(skeleton, target.name, shards)
@@ -132,6 +135,15 @@ def load_on(skeleton: nn.Module, shards: Shards, adapter: Path, force_base: bool
                 if copied and not torch.equal(file.read(copied).to(own.dtype), own):
                     raise other_base_error(adapter, f"it repeats {name}.{key} with other values")
     return plan, tensors
+
+
+def beyond_layers(found: InFile) -> str | None:
+    """Why an adapter cannot be worked with one layer at a time, in a few words; None if it can."""
+    if found.config["init_lora_weights"] in MADE_ANEW:
+        return f"init_lora_weights={found.config['init_lora_weights']!r} means that the whole base makes part of it"
+    if any(target.parameter for target in found.plan.targets):
+        return "it adapts stacks of experts"
+    return "it trains rows of the embedding" if found.plan.tokens else None
 
 
 @contextmanager

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from lorafit.adapter.fingerprint import join_fingerprints, other_bases
 from lorafit.adapter.low_rank import Pair
-from lorafit.adapter.peft_config import fields, patterned, read_config, tails
+from lorafit.adapter.peft_config import MADE_ANEW, fields, patterned, read_config, tails
 from lorafit.adapter.peft_format import FLOATS, open_adapter, other_base_error, read_note, write_adapter
 from lorafit.adapter.untrusted import explained, plain
 from lorafit.adapter.weights_file import Entry
 from lorafit.config import LoraConfig
 from lorafit.errors import AdapterError, UsageError, listing
+from lorafit.hub import adapter_folder
 from lorafit.lora.inits import factor_dtype
 from lorafit.lora.inject import Plan, Target
 from lorafit.lora.layers import scale_of
@@ -53,8 +54,15 @@ class Stored:
 
 def read_stored(path: str | Path) -> Stored:
     """Read the adapter in the folder `path`; AdapterError in one line if the files are not what they should be."""
-    folder = Path(path)
+    folder = adapter_folder(path)
     config = read_config(folder)
+    if config["init_lora_weights"] in MADE_ANEW:
+        raise AdapterError(
+            f"{folder}: init_lora_weights={config['init_lora_weights']!r} means that the base makes part of it: "
+            "load it on its base and save it again"
+        )
+    if config["target_parameters"]:
+        raise AdapterError(f"{folder}: adapts stacks of experts, which have no one A and B: merge it instead")
     with open_adapter(folder) as (file, entries):
         layers, trained = _sorted_out(entries, config, folder)
         try:
@@ -177,7 +185,8 @@ def write_stored(path: str | Path, pairs: Mapping[str, Pair], sources: Sequence[
     kept["fan_in_fan_out"] = any(source.config["fan_in_fan_out"] for source in sources)
     said = fields(plan, **{**kept, "target_modules": _target_names(list(pairs), sources), **known})
     tensors = pair_tensors(pairs) | dict(first.trained)
-    return write_adapter(Path(path), tensors, plan, said, joint_base(sources, force=True))
+    base = joint_base(sources, force=True)
+    return write_adapter(Path(path), tensors, plan, said, {} if base is None else {"base": base})
 
 
 def plan_for_pairs(pairs: Mapping[str, Pair], config: LoraConfig, trained: Sequence[str]) -> Plan:

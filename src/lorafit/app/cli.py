@@ -8,10 +8,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from lorafit.app import adapters, merging, options, signals
+from lorafit.app import adapters, merging, options, sharing, signals
 from lorafit.app.common import OutConfig, base, make_console, need, say, source, with_adapter
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict, knob
 from lorafit.errors import Interrupted, LorafitError, ModelError, UsageError, nearest
@@ -20,10 +21,30 @@ from lorafit.errors import Interrupted, LorafitError, ModelError, UsageError, ne
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokensConfig:
+    """Words that the tokenizer shall know"""
+
+    new_tokens: tuple[str, ...] = knob((), "tokens to add, whose rows are trained, beside --train-tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResumeConfig:
     """A run that was cut off"""
 
     resume: bool = knob(False, "go on with the run in --out, with its settings, from its newest whole checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FollowConfig:
+    """How the run can be followed, and what is kept of it"""
+
+    track: tuple[str, ...] = knob((), "also tell tensorboard, wandb or trackio of each step (where installed)")
+    samples: int = knob(3, "rows whose answers without and with the adapter are kept for `lorafit report`")
+    sample_tokens: int = knob(64, "longest of these answers in tokens")
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.sample_tokens < 0:
+            raise UsageError("samples and sample_tokens must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,47 +98,80 @@ def demo(config: DemoConfig) -> None:
 
 
 def train(
-    model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, out: OutConfig, again: ResumeConfig
+    model: ModelConfig,
+    lora: LoraConfig,
+    tokens: TokensConfig,
+    data: DataConfig,
+    training: TrainConfig,
+    follow: FollowConfig,
+    out: OutConfig,
+    again: ResumeConfig,
 ) -> None:
     """Fine-tune a model on a data file; save the adapter, the settings, the log and the loss curve."""
     need("train", model=model.model, data=data.data, out=out.out)
-    if model.adapter and lora != LoraConfig():
+    if model.adapter and (lora, tokens) != (LoraConfig(), TokensConfig()):
         raise UsageError("an adapter brings its own settings: with --adapter leave the LoRA flags out")
     from lorafit.app import runs
+    from lorafit.app.trackers import check_trackers
     from lorafit.files import sweep
     from lorafit.locks import lock
 
+    check_trackers(follow.track)
     folder = Path(out.out)
     with lock(folder):
         sweep(folder)
         runs.check_free(folder, again.resume)
-        fine_tune(model, lora, data, training, folder, again.resume)
+        fine_tune(model, lora, tokens, data, training, follow, folder, again.resume)
 
 
 def fine_tune(
-    model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, folder: Path, resume: bool
+    model: ModelConfig,
+    lora: LoraConfig,
+    tokens: TokensConfig,
+    data: DataConfig,
+    training: TrainConfig,
+    follow: FollowConfig,
+    folder: Path,
+    resume: bool,
 ) -> None:
     """What `train` does in `folder`, which is its own."""
     import torch
 
     from lorafit.adapter.peft_format import load_lora, save_lora
-    from lorafit.app import rows, runs
-    from lorafit.lora.inject import add_lora
+    from lorafit.app import rows, runs, starts
+    from lorafit.app.about import about
+    from lorafit.app.trackers import following
+    from lorafit.files import write_json
+    from lorafit.lora.tokens import enlarge
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
+    from lorafit.training.checkpoint import whole_states
 
     console = make_console()
-    examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), training.seed)
+    tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
+    asked = with_tokens(lora, tokens, tokenizer)
+    examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
     net, _ = load_model(**base(model))
-    torch.manual_seed(training.seed)  # the start of A
-    plan = load_lora(net, model.adapter, force_base=model.force_base) if model.adapter else add_lora(net, lora)
-    console.print(f"{plan}\n{rows.summary(examples, held_out)}")
+    enlarge(net, 1 + max(asked.train_tokens, default=-1))
     batches = rows.make_batches(examples, data, seed=training.seed)
+    torch.manual_seed(training.seed)  # the start of A
+    if model.adapter:
+        plan = load_lora(net, model.adapter, force_base=model.force_base)
+    else:
+        restored = resume and bool(whole_states(folder / runs.CHECKPOINTS))
+        plan = starts.put_in(net, asked, batches, console.print, restored=restored)
+        lora = replace(plan.config, train_tokens=lora.train_tokens)  # with the ranks that the data asked for
+    console.print(f"{plan}\n{rows.summary(examples, held_out)}")
     evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
-    settings = as_dict(model, lora, data, training, OutConfig(out=str(folder)))
+    settings = as_dict(model, lora, tokens, data, training, follow, OutConfig(out=str(folder)))
     done = runs.start(folder, settings, resume=resume)
     place = {"resume" if resume else "checkpoints": folder / runs.CHECKPOINTS}
-    with signals.noted(), runs.progress(console, loop.count_steps(training, batches), folder / runs.LOG, done) as show:
+    steps = loop.count_steps(training, batches)
+    with (
+        following(follow.track, folder, settings, done, console.print) as tell,
+        signals.noted(),
+        runs.progress(console, steps, folder / runs.LOG, done, tell) as show,
+    ):
         result = loop.train(
             net,
             batches,
@@ -128,11 +182,15 @@ def fine_tune(
             on_note=console.print,
             stop=signals.reason,
         )
-    adapter = save_lora(net, folder / runs.ADAPTER, base_model=model.model)
+    beside = tokenizer if plan.tokens else None
+    adapter = save_lora(net, folder / runs.ADAPTER, base_model=model.model, tokenizer=beside)
     runs.draw_losses(result.history, folder / runs.PICTURE, title=f"{model.model} on {data.data}")
+    kept: dict[str, Any] = {"settings": settings, "count": follow.samples, "tokens": follow.sample_tokens}
+    write_json(folder / runs.ABOUT, about(net, tokenizer, plan, adapter, examples, held_out, **kept))
     console.print(runs.epochs_table(result.epoch_losses, result.evaluations, batches.steps_per_epoch))
     console.print(f"adapter {adapter}, log {folder / runs.LOG}, picture {folder / runs.PICTURE}")
     console.print(f"talk to it: lorafit chat --model {model.model} --adapter {adapter}")
+    console.print(f"show it: lorafit report {folder}")
 
 
 def evaluate(model: ModelConfig, data: DataConfig, seed: SeedConfig) -> None:
@@ -147,7 +205,8 @@ def evaluate(model: ModelConfig, data: DataConfig, seed: SeedConfig) -> None:
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
 
-    examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), seed.seed)
+    tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
+    examples, held_out = rows.read_rows(model, data, tokenizer, seed.seed)
     batches = rows.make_batches(held_out or examples, data, shuffle=False)
     net, _ = load_model(**with_adapter(model))
     with lora_disabled(net):
@@ -202,7 +261,14 @@ def chat(model: ModelConfig, talk: TalkConfig, answers: AnswerConfig) -> None:
             messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
-def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedConfig, show: ShowConfig) -> None:
+def inspect(
+    model: ModelConfig,
+    lora: LoraConfig,
+    tokens: TokensConfig,
+    data: DataConfig,
+    training: TrainConfig,
+    show: ShowConfig,
+) -> None:
     """Show what would be trained, and on which tokens, before any compute; with --data alone: check the rows."""
     if data.data and not model.model:
         from lorafit.app.rows import counted
@@ -213,25 +279,42 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, seed: SeedCo
         return print(summary)
     need("inspect", model=model.model)
     from lorafit.adapter.peft_format import load_lora
-    from lorafit.app import rows
+    from lorafit.app import rows, starts
     from lorafit.app.memory import estimate
-    from lorafit.lora.inject import add_lora
-    from lorafit.model.load import load_skeleton, load_tokenizer, resolve_device
+    from lorafit.lora.inits import find_init
+    from lorafit.lora.tokens import enlarge
+    from lorafit.model.load import load_model, load_skeleton, load_tokenizer, resolve_device
 
     console = make_console()
     skeleton = load_skeleton(**base(model))
+    if tokens.new_tokens or data.data:
+        tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
+        lora = with_tokens(lora, tokens, tokenizer)
+    most = 1 + max(lora.train_tokens, default=-1)
+    enlarge(skeleton, most)
+    batches = None
+    if data.data:
+        examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
+        batches = rows.make_batches(examples, data, seed=training.seed)
+    init = find_init(lora.init)
+    if not model.adapter and (init.start == "kept" or init.statistic):  # what it does is in the weights
+        net, _ = load_model(**base(model))
+        enlarge(net, most)
+        lora, made = starts.looked_at(net, lora, batches, console.print)
+        for line in starts.described(net, lora, made) if init.start == "kept" else ():
+            console.print(line)
+        del net
     plan = (
-        load_lora(skeleton, model.adapter, force_base=model.force_base) if model.adapter else add_lora(skeleton, lora)
+        load_lora(skeleton, model.adapter, force_base=model.force_base)
+        if model.adapter
+        else starts.laid_out(skeleton, lora)
     )
     console.print(str(plan))
     device = resolve_device(model.device)
-    if not data.data:
-        console.print(estimate(skeleton, data.batch_size * data.max_length, data.max_length, device))
+    if batches is None:
+        console.print(estimate(skeleton, data.batch_size * data.max_length, device, training.checkpointing))
     else:
-        tokenizer = load_tokenizer(**source(model))
-        examples, held_out = rows.read_rows(model, data, tokenizer, seed.seed)
-        tokens = rows.largest_pass(rows.make_batches(examples, data, seed=seed.seed))
-        console.print(estimate(skeleton, tokens, max(len(example.ids) for example in examples), device))
+        console.print(estimate(skeleton, rows.largest_pass(batches), device, training.checkpointing))
         console.print(rows.summary(examples, held_out))
         for example in examples[: show.rows]:
             console.print(f"\n{example.source}")
@@ -251,9 +334,19 @@ VERBS: dict[str, Callable[..., None]] = {
     "diff": adapters.diff,
     "export": adapters.export,
     "check": adapters.check,
+    "push": sharing.push,
+    "report": sharing.report,
 }
 
 # --- what they share ---------------------------------------------------------------------------------
+
+
+def with_tokens(lora: LoraConfig, tokens: TokensConfig, tokenizer: Any) -> LoraConfig:
+    """`lora` with the new tokens among those that are trained; `tokenizer` knows them from here on."""
+    from lorafit.lora.tokens import know
+
+    ids = (*lora.train_tokens, *know(tokenizer, tokens.new_tokens)) if tokens.new_tokens else lora.train_tokens
+    return replace(lora, train_tokens=tuple(dict.fromkeys(ids)))
 
 
 def typed() -> Iterator[str]:

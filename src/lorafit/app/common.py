@@ -27,8 +27,8 @@ def source(model: ModelConfig) -> dict[str, Any]:
 
 
 def base(model: ModelConfig) -> dict[str, Any]:
-    """The same with its precision and device."""
-    return {**source(model), "dtype": model.dtype, "device": model.device}
+    """The same with its precision, device and storage."""
+    return {**source(model), "dtype": model.dtype, "device": model.device, "storage": model.storage}
 
 
 def with_adapter(model: ModelConfig) -> dict[str, Any]:

@@ -6,12 +6,12 @@ from torch import nn
 from lorafit.training.memory import USED, free_memory, need
 
 
-def estimate(model: nn.Module, tokens: int, longest: int, device: torch.device, checkpointing: bool = False) -> str:
+def estimate(model: nn.Module, tokens: int, device: torch.device, checkpointing: bool = False) -> str:
     """About training `model`, which carries its adapter, with `tokens` in a forward pass; reads no weight.
 
     `device` is where it would be trained: `model` may be without its weights.
     """
-    what = need(model, longest, checkpointing)
+    what = need(model, checkpointing)
     parts = {
         "base": what.base,
         "adapter with gradients and optimizer": what.adapter,

@@ -44,12 +44,16 @@ def merged(model: ModelConfig, out: str) -> tuple[int, Any, str | None]:
     """Write the merged model; returns its bytes, its precision, and why it was made in memory, if it was."""
     from lorafit.adapter.merge import merge_files, reason_against
     from lorafit.files import need_space
+    from lorafit.hub import adapter_folder
     from lorafit.lora.inject import merge_lora
     from lorafit.model.load import load_model, load_skeleton, load_tokenizer, model_folder, save_model
+    from lorafit.model.storage import store
 
-    adapter = Path(model.adapter or "")
+    adapter = adapter_folder(model.adapter or "")
     reason: str | None = "the base is a GGUF file"
-    if not model.model.endswith(".gguf"):
+    if model.storage != "dense":
+        reason = f"the base is kept as {model.storage}"
+    elif not model.model.endswith(".gguf"):
         folder = model_folder(model.model, revision=model.revision)
         skeleton: Any = load_skeleton(**base(model))
         reason = reason_against(skeleton, folder, adapter)
@@ -59,9 +63,11 @@ def merged(model: ModelConfig, out: str) -> tuple[int, Any, str | None]:
         return merge_files(skeleton, folder, adapter, out, **files), skeleton.dtype, None
     net: Any
     net, tokenizer = load_model(**with_adapter(model))
-    size = sum(p.nbytes for p in net.parameters())
+    size = sum(p.numel() for p in net.parameters()) * net.dtype.itemsize
     need_space(Path(out), size)
-    save_model(merge_lora(net), tokenizer, out, replaces=())
+    merge_lora(net, on_note=make_console().print)
+    store(net, "dense")  # other programs read nothing else
+    save_model(net, tokenizer, out, replaces=())
     return size, net.dtype, reason
 
 

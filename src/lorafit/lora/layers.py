@@ -14,6 +14,7 @@ format: saving renames nothing. A and B are kept in fp32 and cast to the dtype o
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorafit.errors import UsageError, nearest
-from lorafit.lora.fused import LowRankLinear
-from lorafit.lora.inits import INITS, factor_dtype
-from lorafit.lora.weights import read_weight
+from lorafit.lora.fused import Parts, low_rank_linear
+from lorafit.lora.fused_dora import GainedLowRankLinear
+from lorafit.lora.inits import Init, factor_dtype, find_init
+from lorafit.lora.weights import read_weight, write_weight
 
 TINY = 1e-30  # a squared norm below this is a row of zeros
 
@@ -42,6 +43,10 @@ class LoraLinear(nn.Module):
     `weights.py`.
     """
 
+    pair_names = ("lora_A.weight", "lora_B.weight")
+    lora_A0: Tensor | None
+    lora_B0: Tensor | None
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -49,28 +54,35 @@ class LoraLinear(nn.Module):
         alpha: float = 16.0,
         dropout: float = 0.0,
         *,
-        init: str = "kaiming",
+        init: str | Init = "kaiming",
         rslora: bool = False,
     ) -> None:
         super().__init__()
-        if init not in INITS:
-            raise UsageError(f"unknown init '{init}'{nearest(init, INITS)}; known: {', '.join(INITS)}")
         self.base_layer = base_layer
         self.r = r
         self.alpha = alpha
         self.scale = scale_of(r, alpha, rslora)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.enabled = True
+        self.register_buffer("lora_A0", None)
+        self.register_buffer("lora_B0", None)
         for parameter in base_layer.parameters():
             parameter.requires_grad_(False)
         with torch.no_grad():
-            self.start(read_weight(base_layer), init)
+            self.start(self.base_weight(), find_init(init) if isinstance(init, str) else init)
 
-    def start(self, W: Tensor, init: str) -> None:
-        """Make A and B and give them their first values."""
-        A, B = INITS[init](W, self.r, self.scale)
+    def base_weight(self) -> Tensor:
+        """W, (out, in)."""
+        return read_weight(self.base_layer)
+
+    def start(self, W: Tensor, init: Init) -> None:
+        """Make A and B and give them their first values; keep these where B·A is not 0."""
+        # By rows: AdamW's fused kernel goes through parameter and moments side by side, whatever their strides.
+        A, B = (factor.contiguous() for factor in init(W, self.r, self.scale))
         self.lora_A = _thin(A)
         self.lora_B = _thin(B)
+        if init.start == "kept":
+            self.lora_A0, self.lora_B0 = A.clone(), B.clone()
 
     @staticmethod
     def tensor_shapes(out: int, in_: int, r: int) -> dict[str, tuple[int, ...]]:
@@ -79,18 +91,73 @@ class LoraLinear(nn.Module):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r)."""
+        """A (r, in) and B (out, r): what is trained."""
         return self.lora_A.weight, self.lora_B.weight
 
-    def delta(self) -> Tensor:
-        """ΔW = s·B·A, dense (out, in), in the precision of A and B."""
+    def matrices(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors of the factors' shapes, their gradients say, as what is multiplied: here as they are."""
+        return A, B
+
+    @property
+    def kept(self) -> bool:
+        """Whether B·A did not start at 0, so that the start (A0, B0) is kept and the difference to it learned."""
+        return self.lora_A0 is not None
+
+    @property
+    def update(self) -> tuple[Tensor, Tensor]:
+        """A' (r', in) and B' (out, r') with ΔW = s·B'·A': what every formula below works with.
+
+        A and B themselves; with a kept start the pair of twice the rank that is 0 at the start, bit for bit:
+
+            B·A − B0·A0  =  (B − B0)·A + B0·(A − A0)  =  B'·A'      A' = [A; A − A0]   B' = [B − B0, B0]
+
+        The differences are taken here, in fp32, and only then cast: in bf16, B·A − B0·A0 would lose most of what was
+        learned.
+        """
         A, B = self.factors
+        if self.lora_A0 is None or self.lora_B0 is None:
+            return self.matrices(A, B)
+        return torch.cat([A, A - self.lora_A0]), torch.cat([B - self.lora_B0, self.lora_B0], dim=1)
+
+    def moved(self) -> bool:
+        """Whether ΔW is anything but 0."""
+        A, B = self.update
+        return bool((A.any(dim=-1) & B.any(dim=-2)).any())
+
+    def saved(self) -> dict[str, Tensor]:
+        """The adapter's tensors as a file holds them, by their names below the layer's own: A', B' for A, B."""
+        own, pair = self.state_dict(keep_vars=True), dict(zip(self.pair_names, self.update, strict=True))
+        return {name: pair[name] if name in pair else own[name] for name in self.tensor_shapes(0, 0, 0)}
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Be the layer that `saved` these, to the same update bit for bit."""
+        own = self.state_dict(keep_vars=True)
+        if self.kept:
+            r, (A, B) = self.r, (tensors[f"lora_{name}.weight"].to(self.lora_A0) for name in "AB")
+            tensors = {
+                **tensors,
+                "lora_A.weight": A[:r],
+                "lora_A0": subtrahend(A[:r], A[r:]),
+                "lora_B.weight": -subtrahend(-B[:, r:], B[:, :r]),
+                "lora_B0": B[:, r:],
+            }
+        for key, tensor in tensors.items():
+            own[key].copy_(tensor)
+
+    def delta(self) -> Tensor:
+        """ΔW = s·B'·A', dense (out, in), in the precision of A and B."""
+        A, B = self.update
         return self.scale * (B @ A)
 
     def merged_weight(self) -> Tensor:
         """W + s·B·A, summed in fp32 and rounded once to W's dtype, (out, in)."""
-        W = read_weight(self.base_layer)
+        W = self.base_weight()
         return (W.to(factor_dtype(W)) + self.delta()).to(W.dtype)
+
+    def write_merged(self) -> nn.Module:
+        """Make the merged weight the base layer's own; returns the layer that has it."""
+        return write_weight(self.base_layer, self.merged_weight())
 
     @property
     def weight(self) -> Tensor:
@@ -110,12 +177,15 @@ class LoraLinear(nn.Module):
             return result
         if self._plain(x):
             return self._fused(x)
-        y: Tensor = self.base_layer(x)
+        return self._added_to(self.base_layer(x), x)
+
+    def _added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """What comes out of the layer if y (…, out) comes out of its base."""
         return y + self._low_rank(x).to(y.dtype)
 
     def _low_rank(self, x: Tensor) -> Tensor:
-        """s·B·A·dropout(x), (…, out)"""
-        A, B = self.factors
+        """s·B'·A'·dropout(x), (…, out)"""
+        A, B = self.update
         return self.scale * F.linear(F.linear(self.dropout(x), A.to(x.dtype)), B.to(x.dtype))
 
     def _plain(self, x: Tensor) -> bool:
@@ -137,13 +207,25 @@ class LoraLinear(nn.Module):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
 
+    @property
+    def parts(self) -> Parts:
+        """What `low_rank_linear` works with."""
+        return Parts(read_weight(self.base_layer), self.bias, *self.update, self.scale)
+
+    @property
+    def drops(self) -> bool:
+        """Whether A sees less than the base layer does."""
+        return self.training and isinstance(self.dropout, nn.Dropout)
+
     def _fused(self, x: Tensor) -> Tensor:
-        A, B = self.factors
         rows = x.reshape(-1, x.shape[-1])
-        dropped = None if isinstance(self.dropout, nn.Identity) or not self.training else self.dropout(rows)
-        W = read_weight(self.base_layer)
-        y: Tensor = LowRankLinear.apply(rows, dropped, W, self.bias, A, B, self.scale)  # type: ignore[no-untyped-call]
+        y = self._fused_rows(rows, self.dropout(rows) if self.drops else None)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
+        """`forward` with a hand-written backward, (n, in) -> (n, out); `dropped` is x behind an active dropout."""
+        (y,) = low_rank_linear(x, dropped, [self.parts])
+        return y
 
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha:g}"
@@ -158,7 +240,7 @@ class DoraLinear(LoraLinear):
 
     base_norm_squared: Tensor
 
-    def start(self, W: Tensor, init: str) -> None:
+    def start(self, W: Tensor, init: Init) -> None:
         super().start(W, init)
         self.register_buffer("base_norm_squared", W.to(factor_dtype(W)).square().sum(dim=1), persistent=False)
         self.lora_magnitude_vector = nn.Parameter(self.row_norm())
@@ -170,7 +252,7 @@ class DoraLinear(LoraLinear):
     @torch.no_grad()
     def row_norm(self) -> Tensor:
         """‖W + s·B·A‖ per row, (out,), without the sum: ‖w‖² + 2s·w·(BA) + s²‖BA‖², all r wide."""
-        A, B = self.factors
+        A, B = self.update
         W = read_weight(self.base_layer)
         cross = ((W @ A.to(W.dtype).T).to(B.dtype) * B).sum(dim=1)
         square = ((B @ (A @ A.T)) * B).sum(dim=1)
@@ -183,14 +265,21 @@ class DoraLinear(LoraLinear):
         norm = V.square().sum(dim=1).clamp_min(TINY).sqrt()
         return (V * (self.lora_magnitude_vector / norm).unsqueeze(1)).to(W.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)
-        if not self.enabled:
-            return y
+    @property
+    def gain(self) -> Tensor:
+        """m / ‖W + s·B·A‖, (out,)"""
+        return self.lora_magnitude_vector / self.row_norm()
+
+    def _added_to(self, y: Tensor, x: Tensor) -> Tensor:
         Wx = y if self.bias is None else y - self.bias
-        gain = self.lora_magnitude_vector / self.row_norm()  # (out,)
+        gain = self.gain
         # y plus a difference that is exactly 0 at the start, so that step 0 is the base model bit for bit.
         return y + (gain - 1).to(y.dtype) * Wx + gain.to(y.dtype) * self._low_rank(x).to(y.dtype)
+
+    def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
+        W, (A, B) = read_weight(self.base_layer), self.update
+        y: Tensor = GainedLowRankLinear.apply(x, dropped, W, self.bias, A, B, self.gain, self.scale)  # type: ignore[no-untyped-call]
+        return y
 
 
 class LoraEmbedding(LoraLinear):
@@ -200,10 +289,12 @@ class LoraEmbedding(LoraLinear):
     loralib.
     """
 
-    def start(self, W: Tensor, init: str) -> None:
+    pair_names = ("lora_embedding_A", "lora_embedding_B")
+
+    def start(self, W: Tensor, init: Init) -> None:
         dim, vocab = W.shape
         A = torch.zeros(self.r, vocab, dtype=factor_dtype(W), device=W.device)
-        if init == "gaussian_both":
+        if init.name == "gaussian_both":
             A.normal_(std=0.02)
         self.lora_embedding_A = nn.Parameter(A)
         self.lora_embedding_B = nn.Parameter(torch.randn(dim, self.r, dtype=A.dtype, device=A.device))
@@ -242,6 +333,17 @@ class TrainedCopy(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return (self.trained if self.enabled else self.base_layer)(*args, **kwargs)
 
+    def saved(self) -> dict[str, Tensor]:
+        """The trained module's tensors, by its own names."""
+        return self.trained.state_dict(keep_vars=True)
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Be the module that `saved` these."""
+        own = self.trained.state_dict(keep_vars=True)
+        for key, tensor in tensors.items():
+            own[key].copy_(tensor)
+
     def __getattr__(self, name: str) -> Any:
         # Models look at their own children (lm_head.weight, norm.eps): answer with the module in use.
         try:
@@ -253,6 +355,20 @@ class TrainedCopy(nn.Module):
 
 
 VARIANTS: dict[str, type[LoraLinear]] = {"lora": LoraLinear, "dora": DoraLinear}
+
+
+def formula(base_layer: nn.Module, variant: str) -> type[LoraLinear]:
+    """The class that adapts `base_layer`."""
+    return LoraEmbedding if isinstance(base_layer, nn.Embedding) else VARIANTS[variant]
+
+
+def subtrahend(a: Tensor, difference: Tensor) -> Tensor:
+    """An x for which a − x rounds to `difference`, element by element; one exists if it ever was such a difference."""
+    x = a - difference
+    for toward in (-torch.inf, torch.inf):
+        other = torch.nextafter(x, torch.full_like(x, toward))
+        x = torch.where((a - x != difference) & (a - other == difference), other, x)
+    return x
 
 
 def _thin(weight: Tensor) -> nn.Linear:

@@ -11,16 +11,16 @@ guess: `packs_exactly` runs a few rows packed and alone and compares. Where the 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from lorafit.data.batches import Batch, collate
 from lorafit.data.chat import Example
+from lorafit.training.causal import RowAttention, Rule
 from lorafit.training.modes import evaluating
 
 NAME = "lorafit_rows"
@@ -30,12 +30,10 @@ NEUTRAL = {
     "cache_position", "is_causal", "layer_idx", "output_attentions", "output_hidden_states", "position_embeddings",
     "position_ids", "return_dict", "use_cache", "logits_to_keep", "output_router_logits", "num_items_in_batch",
 }  # fmt: skip
-# Above this length one fused kernel beats three matrix products, and the (L, L) scores would be too large to keep.
-LONG_ROW = 1024
 
-# Lengths of the rows in the pass under way. A plain global: a backward pass that recomputes (gradient checkpointing)
-# may run in another thread, and has to see the same rows.
-_lengths: tuple[int, ...] | None = None
+# The pass under way. A plain global: a backward pass that recomputes (gradient checkpointing) may run in another
+# thread, and has to see the same rows.
+_batch: Batch | None = None
 
 
 class CannotPack(Exception):
@@ -44,19 +42,23 @@ class CannotPack(Exception):
 
 @contextmanager
 def row_attention(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """Inside the block, forward and backward of a packed `batch` keep its rows apart. Does nothing for a padded one."""
-    global _lengths
-    if not batch.packed:
-        yield
-        return
-    before = model.config._attn_implementation  # type: ignore[union-attr]
-    model.set_attn_implementation(NAME)  # type: ignore[operator]
-    _lengths = batch.lengths
+    """Inside the block, forward and backward are those of `batch`: where it is packed, its rows are kept apart."""
+    global _batch
+    if batch.packed:
+        before = model.config._attn_implementation  # type: ignore[union-attr]
+        model.set_attn_implementation(NAME)  # type: ignore[operator]
+    _batch = batch
     try:
         yield
     finally:
-        _lengths = None
-        model.set_attn_implementation(before)  # type: ignore[operator]
+        _batch = None
+        if batch.packed:
+            model.set_attn_implementation(before)  # type: ignore[operator]
+
+
+def pass_under_way() -> Batch | None:
+    """The batch of the `row_attention` that is open."""
+    return _batch
 
 
 def attend(
@@ -76,45 +78,39 @@ def attend(
     `sliding_window` w lets a position see itself and the w − 1 before it; `softcap` c bends scores to c·tanh(score/c).
     """
     asked = [name for name, value in unknown.items() if value is not None and name not in NEUTRAL]
-    if asked or attention_mask is not None or _lengths is None or query.shape[0] != 1:
+    if asked or attention_mask is not None or _batch is None or query.shape[0] != 1:
         raise CannotPack(f"attention with {', '.join(asked) or 'a mask of its own'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = [
-        _row(q[0], k[0], v[0], scale, dropout if module.training else 0.0, sliding_window, softcap)
-        for q, k, v in zip(*(torch.split(x, list(_lengths), dim=2) for x in (query, key, value)), strict=True)
-    ]
-    return torch.cat(rows, dim=1).transpose(0, 1).unsqueeze(0), None
+    rule = Rule(scale, sliding_window, softcap, dropout if module.training else 0.0)
+    return _rows(query[0], key[0], value[0], _batch.lengths, rule).unsqueeze(0), None
 
 
-def _row(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """Causal attention of one row: q (heads, L, d), k and v (key heads, L, d) -> (heads, L, d)."""
-    heads, length, _ = q.shape
-    if length > LONG_ROW and softcap is None:
-        banded = window is not None and window < length
-        mask = ~_hidden(length, window, q.device) if banded else None
-        grouped = {"enable_gqa": True} if heads != k.shape[0] else {}
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=not banded, dropout_p=dropout, scale=scale, **grouped
-        )
-    # Query heads that share a key head are rows of one product, so that keys and values are never repeated.
-    groups = heads // k.shape[0]
-    q = (q * scale).reshape(k.shape[0], groups * length, -1)
-    scores = (q @ k.transpose(1, 2)).view(heads, length, length)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill_(_hidden(length, window, q.device), float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    weights = F.dropout(weights, dropout)
-    return (weights.view(k.shape[0], groups * length, length) @ v).view(heads, length, -1)
+def _rows(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], rule: Rule) -> Tensor:
+    """q (heads, T, d), k and v (key heads, T, d) -> (T, heads, d), each row on its own."""
+    if rule.dropout:
+        rule = rule._replace(seed=int(torch.randint(2**31, ())))
+    if _has_varlen(q, v, rule):
+        return _varlen(q, k, v, lengths, rule)
+    out: Tensor = RowAttention.apply(q, k, v, lengths, rule)  # type: ignore[no-untyped-call]
+    return out
 
 
-@lru_cache(maxsize=64)
-def _hidden(length: int, window: int | None, device: torch.device) -> Tensor:
-    """(L, L), True where position i may not see position j: the future, and what is `window` or more back."""
-    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return ~(visible if window is None else visible.triu(1 - window))
+def _has_varlen(q: Tensor, v: Tensor, rule: Rule) -> bool:
+    """Whether torch's own kernel for rows of different lengths does this: half precision on CUDA, nothing special."""
+    half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] <= 256
+    new = torch.__version__ >= "2.12"  # as versions, not letters; before, it knew no grouped heads
+    return new and q.is_cuda and half and rule.cap is None and not rule.dropout
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], rule: Rule) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=q.device)
+    q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
+    back = -1 if rule.window is None else rule.window - 1  # how far a position sees back and, causal, ahead
+    longest = max(lengths)
+    how: Any = {"scale": rule.scale, "window_size": (back, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    return varlen_attn(q, k, v, ends, ends, longest, longest, **how)  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -131,17 +127,24 @@ def packs_exactly(model: nn.Module) -> bool:
     rows = _probe_rows(model)
     device = next(model.parameters()).device
     try:
+        logits, packed = probe(model, packed=True)
+        together = torch.split(logits, list(packed.lengths), dim=1)
         with evaluating(model):
-            packed = collate(rows, packed=True).to(device)
-            with row_attention(model, packed):
-                together = torch.split(_logits(model, packed), list(packed.lengths), dim=1)
             alone = [_logits(model, collate([row], packed=False).to(device)) for row in rows]
     except (CannotPack, TypeError, ValueError, RuntimeError):
         return False
-    return all(_close(a, b) for a, b in zip(together, alone, strict=True))
+    return all(close(a, b) for a, b in zip(together, alone, strict=True))
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+@torch.no_grad()
+def probe(model: nn.Module, packed: bool) -> tuple[Tensor, Batch]:
+    """Logits (batch, length, vocab) of a few short rows, without dropout, and the rows: to try what a model does."""
+    batch = collate(_probe_rows(model), packed=packed).to(next(model.parameters()).device)
+    with evaluating(model), row_attention(model, batch):
+        return _logits(model, batch), batch
+
+
+def close(a: Tensor, b: Tensor) -> bool:
     """Equal to rounding. A leak between rows moves logits by a good part of their own size."""
     tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64) else 5e-2
     return bool((a - b).abs().max() <= tolerance * b.abs().max())

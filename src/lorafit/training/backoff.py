@@ -43,15 +43,14 @@ class PassLimit:
                 "lower max_length, use checkpointing, or take a smaller model"
             ) from error
 
-    def within(self, attempt: Callable[[], Value], drop: Callable[[], None], on_note: Callable[[str], None]) -> Value:
-        """The value of `attempt`; where a pass of it is too large, `drop` what there is and do it again."""
+    def within(self, attempt: Callable[[], Value], on_note: Callable[[str], None]) -> Value:
+        """The value of `attempt`, which is done again from its beginning where a pass of it is too large."""
         while True:
             self.largest = 0
             try:
                 return attempt()
             except PassTooLarge:
                 pass  # left before anything else is done: the error holds the frames, and they the tensors
-            drop()
             gc.collect()
             if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.empty_cache()

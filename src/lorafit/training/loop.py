@@ -25,6 +25,7 @@ from lorafit.training.checkpoint import Checkpoints
 from lorafit.training.loss import find_head
 from lorafit.training.memory import automatic_limit
 from lorafit.training.modes import evaluating
+from lorafit.training.neftune import noisy_embeddings
 from lorafit.training.optim import lr_at, make_optimizer
 from lorafit.training.run import Passes, Record, Result, Run, Stop, heed
 from lorafit.training.ways import as_asked
@@ -73,12 +74,11 @@ def train(
 
 
 def _in_smaller_passes(take: Callable[..., Record]) -> Callable[..., Record]:
-    """Where a pass of the step does not fit into memory, its gradients are dropped and it is taken again."""
+    """Where a pass of the step does not fit into memory, it is taken again from its beginning."""
 
     @wraps(take)
     def whole(run: Run, *, stop: Stop = lambda: None, on_note: Note = lambda sentence: None) -> Record:
-        drop = partial(run.optimizer.zero_grad, set_to_none=True)
-        return run.passes.limit.within(partial(take, run, stop=stop, on_note=on_note), drop, on_note)
+        return run.passes.limit.within(partial(take, run, stop=stop, on_note=on_note), on_note)
 
     return whole
 
@@ -91,23 +91,24 @@ def take_step(run: Run, *, stop: Stop = lambda: None, on_note: Note = lambda sen
     window = run.passes.window(run.batches, run.step)
     tokens = sum(batch.targets.numel() for batch in window)
     total = torch.zeros((), dtype=torch.float64)
+    run.gradients.begin()
     for number, batch in enumerate(window):
         heed(stop)
-        torch.manual_seed(hash((run.config.seed, run.step, number)) % 2**63)  # dropout depends on nothing else
-        with run.passes.limit.fits(batch), row_attention(run.model, batch):
+        torch.manual_seed(hash((run.config.seed, run.step, number)) % 2**63)  # dropout and noise depend on nothing else
+        noise = noisy_embeddings(run.model, batch, run.config.neftune)
+        with run.passes.limit.fits(batch), row_attention(run.model, batch), noise:
             loss = run.passes.loss(run.model, batch.to(device), max(tokens, 1))
             loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach().cpu()
-    lr, norm = lr_at(run.step, run.steps, run.config), _clip(run.optimizer, run.config.max_grad_norm)
+    lr, norm = lr_at(run.step, run.steps, run.config), run.gradients.clip(run.config.max_grad_norm)
     finite = math.isfinite(total) and math.isfinite(norm)
     if not finite:
         _refuse(run, window, total.item(), norm, on_note)
     elif tokens:  # a step without supervised tokens must not move anything: AdamW's momentum would
         run.bad = 0
         for group in run.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("share", 1.0)
         run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
     return {
         "step": run.step,
         "epoch": run.step // run.batches.steps_per_epoch,
@@ -130,7 +131,7 @@ def evaluate(
 ) -> float:
     """The loss per supervised token over all rows of `batches`, each once, without dropout."""
     passes = passes or plan_passes(model, batches)
-    return passes.limit.within(partial(_try_evaluation, model, batches, passes, stop), lambda: None, on_note)
+    return passes.limit.within(partial(_try_evaluation, model, batches, passes, stop), on_note)
 
 
 @torch.no_grad()
@@ -181,13 +182,8 @@ def _refuse(run: Run, window: list[Batch], loss: float, norm: float, on_note: No
 
 def _say_if_nothing_moved(model: nn.Module, on_note: Note) -> None:
     layers = [layer for _, layer in wrappers(model) if isinstance(layer, LoraLinear)]
-    if layers and not any(all(factor.any() for factor in layer.factors) for layer in layers):
+    if layers and not any(layer.moved() for layer in layers):
         on_note("nothing was learned: s·B·A is still zero in every layer, so the model answers as before")
-
-
-def _clip(optimizer: torch.optim.Optimizer, limit: float | None) -> float:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit).item()
 
 
 @contextmanager
@@ -201,6 +197,7 @@ def _training(run: Run, on_note: Note) -> Iterator[None]:
             with as_asked(run, on_note):
                 yield
         finally:
+            run.gradients.end()
             model.eval()
 
 

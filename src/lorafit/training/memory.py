@@ -1,8 +1,8 @@
 """How much memory a forward and backward pass takes, known from shapes alone, and how many tokens fit in what is free.
 
 Per token, autograd keeps about the inputs and outputs of all linear layers, in the base's precision and in part
-(norms, activation functions) in fp32, and per layer one row of attention weights. Measured on eight families this is
-right to a fifth; GPT-2, whose activation function is spelled out in many steps, keeps three quarters more.
+(norms, activation functions) in fp32; attention keeps its inputs alone. GPT-2, whose activation function is spelled out
+in many steps, keeps three quarters more.
 """
 
 import os
@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lorafit.data.batches import Batches
 from lorafit.lora.inject import plain_modules
-from lorafit.training.attention import LONG_ROW
+from lorafit.lora.weights import is_readable
 from lorafit.training.blocks import find_blocks
 from lorafit.training.loss import TILE
 
@@ -31,7 +30,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Need:
-    """What training one model takes, in bytes; `token` is per token of a forward pass with rows of some length."""
+    """What training one model takes, in bytes; `token` is per token of a forward pass."""
 
     base: int
     adapter: int
@@ -47,23 +46,21 @@ class Need:
         return max(1, int(free / (self.token + self.logits)))
 
 
-def need(model: nn.Module, longest: int, checkpointing: bool = False) -> Need:
-    """For `model`, which carries its adapter, and rows of up to `longest` tokens; reads no weight."""
+def need(model: nn.Module, checkpointing: bool = False) -> Need:
+    """For `model`, which carries its adapter; reads no weight."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     plain = plain_modules(model).values()
-    layers = [m for m in plain if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    width = sum(sum(layer.weight.shape) for layer in layers)
+    layers = [m for m in plain if is_readable(m) and not isinstance(m, nn.Embedding) and m is not head]
+    width = sum(sum(p.shape) for layer in layers for p in layer.parameters(recurse=False) if p.ndim == 2)
     # Experts are one stack of matrices (experts, out, in), of which each token meets a few.
     met = getattr(config, "num_experts_per_tok", None) or 1
     width += sum(met * sum(p.shape[1:]) for p in frozen if p.ndim == 3)
-    precision = frozen[0].element_size() if frozen else 4
+    precision = next((p.element_size() for p in frozen if p.is_floating_point()), 4)
     blocks = max(1, len(find_blocks(model)) or getattr(config, "num_hidden_layers", None) or 1)
-    heads = getattr(config, "num_attention_heads", None) or 1
-    weights = blocks * heads * min(longest, LONG_ROW) * (4 + precision if precision < 4 else precision)
-    token = width * (precision + FP32_SHARE) + weights
+    token = width * (precision + FP32_SHARE)
     if checkpointing:  # the input of each block, and all of the one that is computed again
         token = token / blocks + blocks * (getattr(config, "hidden_size", None) or 1) * precision
     return Need(sum(p.nbytes for p in frozen), trained * FP32_WITH_ADAMW, token, LOGIT * min(TILE, config.vocab_size))
@@ -75,7 +72,7 @@ def automatic_limit(model: nn.Module, batches: Batches, checkpointing: bool = Fa
     free = None if batches.max_tokens_per_pack is not None else free_memory(device)
     if free is None:
         return None
-    what = need(model, max(len(row.ids) for row in batches.examples), checkpointing)
+    what = need(model, checkpointing)
     # The adapter's weights are there already, its gradients and moments are still to come.
     return what.tokens(USED * (free - what.adapter * 3 / 4))
 
