@@ -126,7 +126,7 @@ def test_a_run_ends_at_its_goal(peer: str, monkeypatch: pytest.MonkeyPatch) -> N
     steps, loss = found["held_out"][-1]
     assert loss <= before - 0.01 < before
     assert steps == len(found["losses"]) == len(found["seconds"]) + 1
-    assert 0 < found["seconds_to_target"]
+    assert found["seconds_to_target"] > 0
 
 
 def test_a_run_that_is_there_is_not_made_again(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_run_that_is_there_is_not_made_again(tmp_path: Path) -> None:
     found, there = run_once("no_such_module", {"peer": "lorafit"}, out, like)
     assert not there
     assert "no_such_module" in found["failed"]
-    again, there = run_once("no_such_module", {"peer": "lorafit"}, out, like)
+    _, there = run_once("no_such_module", {"peer": "lorafit"}, out, like)
     assert not there, "a failed run is tried again"
     report.write_json(out, like | {"seconds": [1.0]})
     assert run_once("no_such_module", {}, out, like) == (like | {"seconds": [1.0]}, True)

@@ -4,6 +4,7 @@
     python -m benchmarks.speed --only W1 --peers lorafit,peft
     python -m benchmarks.speed --only W1 --ladder          # from the tutorial's layer to lorafit, one change at a time
     python -m benchmarks.speed --table                     # the table again, from the runs that there are
+    python -m benchmarks.speed --quick --rounds 1          # a tiny model: whether everything works
 
 First every peer takes three steps of a tiny model; one whose loss or gradient is not lorafit's is named and not timed.
 Then each run is a process of its own, in the opposite order in every other round. A run that is there already, made on
@@ -15,6 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import transformers
 from rich.console import Console
@@ -24,33 +26,37 @@ from benchmarks.speed.ladder import BUILDERS, LADDER
 from benchmarks.speed.measure import machine
 from benchmarks.speed.peers import PEERS
 from benchmarks.speed.report import TITLES, read_records, told, write
-from benchmarks.speed.run import add_settings, precision
+from benchmarks.speed.run import SETTINGS, add_settings, precision
 from benchmarks.speed.runs import ROOT, Record, code, read, run_once
 from benchmarks.speed.workloads import WORKLOADS
 from lorafit.files import write_json
 
 RESULTS = ROOT / "benchmarks" / "results"
-RUNS = RESULTS / "speed"
-GATE = RUNS / "gate.json"
+QUICK = ROOT / "runs" / "benchmarks"
+GATE = "gate.json"
 
 
 def main() -> None:
     asked = _arguments()
     console = Console(highlight=False, soft_wrap=True)
-    settings = {"steps": asked.steps, "warmup": asked.warmup, "layers": asked.layers}
+    settings = {key: getattr(asked, key) for key in SETTINGS}
+    results = QUICK if asked.quick else RESULTS
+    runs = results / "speed"
     dtype = str(precision(asked.dtype)).removeprefix("torch.")
     like = {"dtype": dtype, "settings": settings, "machine": machine(asked.threads)}
-    refused: dict[str, str] = (read(GATE) or {}).get("refused", {})
+    refused: dict[str, str] = (read(runs / GATE) or {}).get("refused", {})
     if not asked.table:
         peers = [*asked.peers, *(LADDER if asked.ladder else ())]
         refused |= _gated(peers, console)
-        write_json(GATE, {"refused": refused})
+        runs.mkdir(parents=True, exist_ok=True)
+        write_json(runs / GATE, {"refused": refused})
         able = [name for name in peers if not refused[name]]
         plan = list(_plan(asked.only, able, asked.rounds))
         for number, (workload, peer, round_) in enumerate(plan, 1):
             label = f"[{number}/{len(plan)}] {workload} round {round_ + 1} {peer:21}"
-            _run(workload, peer, round_, like, asked.fresh, label, console)
-    print(write(read_records(RUNS, like), refused, RESULTS, ROOT / "README.md"))
+            out = runs / f"{workload}-{peer}-{dtype}-{round_}.json"
+            _run(workload, peer, round_, like, out, asked.fresh, label, console)
+    print(write(read_records(runs, like), refused, results, None if asked.quick else ROOT / "README.md"))
 
 
 def _arguments() -> argparse.Namespace:
@@ -102,8 +108,9 @@ def _plan(workloads: list[str], peers: list[str], rounds: int) -> Iterator[tuple
                     yield workload, peer, number
 
 
-def _run(workload: str, peer: str, number: int, like: Record, fresh: bool, label: str, console: Console) -> None:
-    out = RUNS / f"{workload}-{peer}-{like['dtype']}-{number}.json"
+def _run(
+    workload: str, peer: str, number: int, like: Record, out: Path, fresh: bool, label: str, console: Console
+) -> None:
     ours = peer.startswith("lorafit") or peer in LADDER
     like = like | ({"code": code(["src/lorafit"])} if ours else {})
     what = {"workload": workload, "peer": peer, "round": number}

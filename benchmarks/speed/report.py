@@ -315,7 +315,7 @@ def insert(text: str, part: str, name: str = "speed") -> str:
     return f"{before}{begin}\n{part}\n{end}{rest.split(end, 1)[1]}"
 
 
-def write(records: Sequence[Record], refused: Mapping[str, str], results: Path, readme: Path) -> str:
+def write(records: Sequence[Record], refused: Mapping[str, str], results: Path, readme: Path | None) -> str:
     """The JSON, the page, the picture and README's tables; returns the tables."""
     records, refused = sound(records, refused)
     lines = summarise(records)
@@ -327,7 +327,8 @@ def write(records: Sequence[Record], refused: Mapping[str, str], results: Path, 
         write_text(results / PAGE, page(records, refused))
         draw([line for line in lines if line["peer"] not in LADDER], results / "speed.png")
         more = f"Every peer's configuration, and each technique's gain: [{PAGE}](benchmarks/results/{PAGE})."
-        write_text(readme, insert(readme.read_text(), f"{text}\n\n{more}"))
+        if readme is not None:
+            write_text(readme, insert(readme.read_text(), f"{text}\n\n{more}"))
     return text
 
 

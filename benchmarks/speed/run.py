@@ -17,6 +17,7 @@ from benchmarks.speed.workloads import WORKLOADS, initial, real, supervised
 from lorafit.files import write_json
 from lorafit.model.load import resolve_dtype
 
+SETTINGS = ("steps", "warmup", "layers", "quick")
 LONGEST_WAY = 96
 """Steps after which a peer that has not reached its goal is stopped."""
 
@@ -27,6 +28,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=int, default=2, help="steps before those")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, short rows: whether it works")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
 
 
@@ -118,14 +120,14 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     dtype = precision(asked.dtype)
-    task = make_task(asked.workload, asked.warmup + asked.steps, asked.layers, dtype)
+    task = make_task(asked.workload, asked.warmup + asked.steps, asked.layers, dtype, asked.quick)
     count = counter(task.model, task.setup, asked.peer)
     record = measured(task, BUILDERS[asked.peer], asked.steps, asked.warmup)
     if count is not None:
         parts = [task.batches.rows(asked.warmup + step) for step in range(len(record["seconds"]))]
         record["predicted_flops"] = [count(part) for part in parts]
     head = {key: getattr(asked, key) for key in ("workload", "peer", "round")}
-    settings = {key: getattr(asked, key) for key in ("steps", "warmup", "layers")}
+    settings = {key: getattr(asked, key) for key in SETTINGS}
     about = {"dtype": str(dtype).removeprefix("torch."), "settings": settings, "machine": machine(asked.threads)}
     write_json(asked.out, head | about | record)
 

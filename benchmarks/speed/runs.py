@@ -26,8 +26,8 @@ def run_once(module: str, flags: Record, out: Path, like: Record, *, fresh: bool
     found = None if fresh else read(out)
     if found and "failed" not in found and alike(found, like):
         return found, True
-    command = [sys.executable, "-m", module, "--out", str(out), *(f"--{key}={value}" for key, value in flags.items())]
-    out.unlink(missing_ok=True)
+    told = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items() if value is not False]
+    command = [sys.executable, "-m", module, "--out", str(out), *told]
     variables = os.environ | environment(like["machine"]["threads"])
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:

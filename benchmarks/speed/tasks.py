@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.speed.workloads import WORKLOADS, Setup, make_model, rows_of
+from benchmarks.speed.workloads import WORKLOADS, Setup, make_model, rows_of, tiny_model
 from lorafit import Batches, load_model, read_examples
 from lorafit.app.demo_data import make_rows
 from lorafit.app.demo_model import demo_model
@@ -41,17 +41,17 @@ class Task:
     notes: list[str] = field(default_factory=list)
 
 
-def make_task(name: str, steps: int, layers: int, dtype: torch.dtype) -> Task:
+def make_task(name: str, steps: int, layers: int, dtype: torch.dtype, quick: bool = False) -> Task:
     """The task of workload `name` for `steps` steps; `layers` counts where the weights are random."""
     work = WORKLOADS[name]
     if work.lengths is None:
-        return _to_a_loss(work.batch, work.setup, dtype)
-    model: Any = make_model(layers, dtype)
-    rows = rows_of(work, work.batch * steps, model.config.vocab_size)
+        return _to_a_loss(work.batch, work.setup, dtype, quick)
+    model: Any = tiny_model().to(dtype) if quick else make_model(layers, dtype)
+    rows = rows_of(work, work.batch * steps, model.config.vocab_size, shrink=8 if quick else 1)
     return Task(model, Batches(rows, work.batch, shuffle=False), work.setup)
 
 
-def _to_a_loss(batch: int, setup: Setup, dtype: torch.dtype) -> Task:
+def _to_a_loss(batch: int, setup: Setup, dtype: torch.dtype, quick: bool) -> Task:
     folder = str(demo_model(Console(stderr=True)))
     model, tokenizer = load_model(folder, dtype=str(dtype).removeprefix("torch."), device="cpu")
     notes = []
@@ -64,6 +64,8 @@ def _to_a_loss(batch: int, setup: Setup, dtype: torch.dtype) -> Task:
         chats = ([{"messages": row.conversation()} for row in part] for part in (made, other))
         train, held_out = (read_examples(chat, tokenizer) for chat in chats)
         fall = 1.0
+    if quick:
+        train, held_out, fall, batch = train[:2], held_out[:2], 0.01, 1
     goal = Goal(held_out, held_out_loss(model, held_out) - fall)
     return Task(model.train(), Batches(train[:256], batch, shuffle=False), setup, goal, notes)
 

@@ -82,7 +82,7 @@ def settings_of(trainer: Any) -> dict[str, Any]:
         "layer": "SFTTrainer(peft_config=…)",
         "rows": "padding_free" if args.padding_free else "packed" if args.packing else "padded",
         "loss": f"loss_type {args.loss_type}",
-        "optimizer": str(args.optim),
+        "optimizer": getattr(args.optim, "value", args.optim),
         "checkpointing": args.gradient_checkpointing,
         "bf16": args.bf16,
     }
