@@ -102,6 +102,17 @@ def test_what_the_tensors_show(saved: Tiny, tmp_path: Path) -> None:
     assert ("rejects", "DoRA (use_dora and its magnitude vectors)") in said("vllm")
 
 
+def test_stacks_of_experts_are_no_layers_of_a_large_rank(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    add_lora(model, LoraConfig(r=8))
+    save_lora(model, tmp_path / "adapter", base_model="org/base")
+    said = {program: [str(found) for found in check_adapter(tmp_path / "adapter", program)] for program in RULES}  # type: ignore[arg-type]
+    assert said["vllm"][-1].startswith("needs: LoRA on stacks of experts: model.layers.0.mlp.experts")
+    assert not any("--max-lora-rank" in line for line in said["vllm"])
+    assert said["llama.cpp"][0].startswith("rejects: LoRA on stacks of experts")
+    assert any(line.startswith("ignores: LoRA on stacks of experts") for line in said["tgi"])
+
+
 def test_vllms_ranks() -> None:
     assert [lora_rank_flag(n) for n in (1, 2, 8, 17, 300, 512, 513)] == [1, 8, 8, 32, 320, 512, None]
     assert sorted(VLLM_RANKS) == list(VLLM_RANKS)

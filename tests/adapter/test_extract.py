@@ -14,6 +14,7 @@ from lorafit.errors import ModelError, NumericError
 from lorafit.model.load import load_skeleton
 
 Tiny = Callable[..., Any]
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @pytest.fixture
@@ -23,7 +24,8 @@ def tuned(tiny: Tiny, shaken: Tiny, tmp_path: Path) -> Callable[..., Any]:
     def make(family: str = "llama", **config: Any) -> tuple[Path, Path, Any]:
         model = tiny(family)
         model.save_pretrained(tmp_path / "base", max_shard_size="12KB")
-        add_lora(model, LoraConfig(**{"r": 4, **config}))
+        layers = ATTENTION if family == "mixtral" else "all-linear"  # experts have no one A and B
+        add_lora(model, LoraConfig(**{"r": 4, "targets": layers, **config}))
         merge_lora(shaken(model))
         model.save_pretrained(tmp_path / "tuned")
         return tmp_path / "base", tmp_path / "tuned", model

@@ -30,7 +30,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("llama", TIED, {}, "float16"),
     ("gpt2", {}, {}, "float32"),
     ("gpt_neox", {}, {}, "float64"),
-    ("mixtral", {}, {}, "bfloat16"),
+    ("mixtral", {}, {"targets": ("q_proj", "o_proj")}, "bfloat16"),
     ("gemma2", {}, {}, "float32"),
     ("opt", {}, {}, "float32"),
 ]

@@ -25,6 +25,7 @@ VLLM = "vllm/lora/peft_helper.py, with vllm#59801"
 VLLM_TENSORS = "vllm/lora/lora_model.py at 0306474e"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT = 16
+EXPERTS = (".experts", ".experts.base_layer")  # where PEFT keeps target_parameters
 SGLANG = "sglang/srt/lora/lora_config.py at 0ceb81fe"
 LLAMA = "llama.cpp convert_lora_to_gguf.py at 0b03adaa"
 TGI = "text_generation_server/adapters/lora.py at 45d95bdc"
@@ -38,6 +39,7 @@ class Seen:
     ranks: Mapping[str, int]
     embeddings: tuple[str, ...]
     magnitudes: tuple[str, ...]
+    experts: tuple[str, ...]
     others: tuple[str, ...]
 
     @property
@@ -87,12 +89,14 @@ def _look(folder: Path) -> Seen:
     for name, value in raw.items():
         if name in KINDS and value is not None and not KINDS[name].fits(value):
             raise AdapterError(f"{file}: {name}={shown(value)}: {KINDS[name].expected} is expected")
-    ranks, embeddings, magnitudes, others = {}, [], [], []
+    ranks, embeddings, magnitudes, experts, others = {}, [], [], [], []
     with open_adapter(folder) as (_, entries):
         for name, entry in entries.items():
             found = FACTOR.fullmatch(name)
             if found and found[2] == MAGNITUDE:
                 magnitudes.append(found[1])
+            elif found and raw.get("target_parameters") and found[1].endswith(EXPERTS):
+                experts.append(found[1])
             elif found:
                 if found[2] in (NAMES[False][0], NAMES[True][0]) and entry.shape:
                     ranks[found[1]] = entry.shape[0]
@@ -101,7 +105,7 @@ def _look(folder: Path) -> Seen:
             elif not COPY.fullmatch(name):
                 others.append(name)
     fields = DEFAULTS | {name: value for name, value in raw.items() if value is not None}
-    return Seen(fields, ranks, tuple(embeddings), tuple(magnitudes), tuple(others))
+    return Seen(fields, ranks, tuple(embeddings), tuple(magnitudes), tuple(experts), tuple(others))
 
 
 # --- what may be in an adapter ------------------------------------------------------------------------
@@ -139,6 +143,10 @@ def _only_init(name: str) -> Callable[[Seen], str | None]:
 
 def _embeddings(seen: Seen) -> str | None:
     return f"LoRA on an embedding: {listing(seen.embeddings, 2)}" if seen.embeddings else None
+
+
+def _experts(seen: Seen) -> str | None:
+    return f"LoRA on stacks of experts: {listing(dict.fromkeys(seen.experts), 2)}" if seen.experts else None
 
 
 def _head(seen: Seen) -> str | None:
@@ -243,6 +251,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("needs", _vllm_rank, "vllm/config/lora.py, MaxLoRARanks"),
         Rule("needs", _field("rank_pattern", ": a version with vllm#59801; older ones ignore it"), VLLM),
         Rule("needs", _field("alpha_pattern", ": a version with vllm#59801; older ones ignore it"), VLLM),
+        Rule("needs", _experts, f"{VLLM_TENSORS}: a model whose experts it can adapt"),
         Rule("needs", _embeddings, "a model class that lists it, vllm#32599"),
         Rule("needs", _head, "a model class that lists it, vllm#32599"),
     ),
@@ -261,6 +270,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "llama.cpp": (
         Rule("rejects", _dora, f"{LLAMA}: not a lora_A or lora_B tensor"),
         Rule("rejects", _others, f"{LLAMA}: not a lora_A or lora_B tensor"),
+        Rule("rejects", _experts, f"{LLAMA}: no tensor of that name"),
         Rule("rejects", _head, "where it is tied to the embedding, llama.cpp#9065"),
         Rule("ignores", _rslora, f"{LLAMA}: the field is not read"),
         Rule("ignores", _different_alphas, f"{LLAMA}: one adapter.lora.alpha for all"),
@@ -275,6 +285,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("ignores", _field("bias"), TGI),
         Rule("ignores", _init(), TGI),
         Rule("ignores", _embeddings, TGI),
+        Rule("ignores", _experts, TGI),
         Rule("ignores", _gaps, f"{TGI}, prepare_weights: a kind that one block lacks is left out everywhere"),
     ),
 }

@@ -48,9 +48,9 @@ def extract_adapter(
 ) -> Extracted:
     """Write the adapter that makes of the model folder `base` what comes nearest to the folder `tuned`.
 
-    `skeleton` is the base without its weights (`load_skeleton`). Layers are chosen as in `LoraConfig`; modules in
-    `train_modules` are taken over in full. `rank` (default 16) is the most a layer gets, `energy` the share of its
-    ‖ΔW‖² that it keeps. Layers that did not change get nothing.
+    `skeleton` is the base without its weights (`load_skeleton`). Layers are chosen as in `LoraConfig`, stacks of
+    experts and their routers left out; modules in `train_modules` are taken over in full. `rank` (default 16) is the
+    most a layer gets, `energy` the share of its ‖ΔW‖² that it keeps. Layers that did not change get nothing.
     """
     check_keep(rank, energy)
     rank = 16 if rank is None and energy is None else rank
@@ -60,7 +60,7 @@ def extract_adapter(
     trained: dict[str, Tensor] = {}
     taken: set[str] = set()
     with open_shards(Path(base)) as before, open_shards(Path(tuned)) as after:
-        for target in plan.targets:
+        for target in (target for target in plan.targets if not target.parameter):
             delta = _weight(skeleton, target.name, after) - _weight(skeleton, target.name, before)
             taken.update(find(skeleton, f"{target.name}.weight", shards) or "" for shards in (before, after))
             if not delta.isfinite().all():
