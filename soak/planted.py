@@ -36,6 +36,7 @@ FILES = ("test_files.py", "test_reliability.py")
 ALGEBRA = ("adapter/test_low_rank.py", "adapter/test_algebra.py")
 EXTRACT, MERGE = ("adapter/test_extract.py",), ("adapter/test_merge.py",)
 EXPORT, CHECK = ("adapter/test_export.py",), ("adapter/test_check.py",)
+RULES, INT8, TOKENS = ("training/test_rules.py",), ("lora/test_int8.py",), ("lora/test_tokens.py",)
 
 BUGS = (
     # The formulas.
@@ -126,6 +127,16 @@ BUGS = (
         "old.data.copy_(weight)", WEIGHTS),
     Bug("Conv1D read without the transpose", "lora/weights.py", "    return _dense(layer).T\n",
         "    return _dense(layer) if isinstance(layer, Conv1D) else _dense(layer).T\n", WEIGHTS),
+    Bug("alpha_pattern ignored", "lora/inject.py", "float(resolve(config.alpha_pattern, name, config.alpha))",
+        "float(config.alpha)", INJECT),
+    Bug("rank_pattern ignored", "lora/inject.py", "int(resolve(config.rank_pattern, name, config.r))", "int(config.r)",
+        INJECT),
+    Bug("the shortest pattern wins", "lora/names.py", "pattern[max(keys, key=len)]", "pattern[min(keys, key=len)]",
+        INJECT),
+    Bug("exclude ignored", "lora/inject.py", "if not matches(exclude, name)]", "if not matches((), name)]", INJECT),
+    Bug("layers ignored", "lora/inject.py", "if numbers[name] in config.layers]", "if numbers]", INJECT),
+    Bug("all-linear takes the head too", "lora/inject.py", " and m is not head]", "]", INJECT),
+    Bug("name endings without the dot", "lora/names.py", 'name.endswith(f".{entry}")', "name.endswith(entry)", INJECT),
     Bug("alpha_pattern ignored", "lora/inject.py",
         "float(resolve(config.alpha_pattern, name, config.alpha * matrices))", "float(config.alpha)", INJECT),
     Bug("rank_pattern ignored", "lora/inject.py", "int(resolve(config.rank_pattern, name, config.r * matrices))",
@@ -304,6 +315,8 @@ BUGS = (
     Bug("bad steps counted over the whole run", "training/loop.py", "        run.bad = 0\n", "", NUMBERS),
     Bug("a step without supervised tokens moves the weights", "training/loop.py", "    elif tokens:", "    else:",
         LOOP),
+    Bug("the schedule's rate not used", "training/loop.py", '            group["lr"] = lr * group.get("share", 1.0)\n',
+        "            pass\n", LOOP),
     Bug("the schedule's rate not used", "training/loop.py", 'group["lr"] = lr * group.get("share", 1.0)\n',
         "pass\n", LOOP),
     Bug("gradients pile up over the steps", "training/gradients.py", "            buffer.zero_()\n",
@@ -480,6 +493,32 @@ BUGS = (
     Bug("another base's values believed from files", "adapter/shards.py",
         "if base and (difference := other_base(base, skeleton, layers)):",
         "if base and (difference := None):", MERGE + EXPORT),
+    Bug("one rate for all groups", "training/loop.py", 'lr * group.get("share", 1.0)', "lr", RULES),
+    Bug("LoRA+ on the factors of an embedding", "training/optim.py", "and not isinstance(layer, LoraEmbedding)", "",
+        RULES),
+    Bug("LoRA-FA's correction with the scale once", "training/rules.py", "/ layer.scale**2)", "/ layer.scale)", RULES),
+    Bug("a factor preconditioned by itself", "training/rules.py", "_damped(B_e.mT @ B_e), g_A",
+        "_damped(A_e @ A_e.mT), g_A", RULES),
+    Bug("what LoRA-FA freezes not in the checkpoint", "training/run.py", "if not t.requires_grad and",
+        "if not isinstance(t, nn.Parameter) and", RULES),
+    Bug("noise of the pack's length", "training/neftune.py", "size.repeat_interleave(lengths)[None, :, None]",
+        "(alpha * (lengths.sum() * embedded.shape[-1]).rsqrt())", RULES),
+    Bug("noise that stays", "training/neftune.py", "        handle.remove()\n", "        pass\n", RULES),
+    Bug("codes cut off, not rounded", "lora/int8.py", "(W / self.scales).round()", "(W / self.scales).trunc()", INT8),
+    Bug("the dense W kept for backward", "lora/int8.py", "_Product.apply(x, self.codes, self.scales, self.bias)",
+        "F.linear(x, read_weight(self), self.bias)", INT8),
+    Bug("the head in 8 bits, too", "model/storage.py", "and m is not head}", "}", INT8),
+    Bug("8-bit bases all alike", "adapter/fingerprint.py", '("weight", "scales")', '"weight"', INT8),
+    Bug("trained rows without the embedding's gain", "lora/tokens.py",
+        "        own = own * (gain.to(y.dtype) if isinstance(gain, Tensor) else gain)\n", "", TOKENS),
+    Bug("a tied head that does not follow", "lora/tokens.py", "        if tokens is not None and head is not None:\n",
+        "        if False:\n", TOKENS),
+    Bug("merging rows unties the head", "lora/tokens.py", "        W[self.ids] = self.rows.to(W.dtype)\n",
+        "        self.base_layer.weight = nn.Parameter(W.index_copy(0, self.ids, self.rows.to(W.dtype)))\n", TOKENS),
+    Bug("an embedding that grows apart from its head", "lora/tokens.py", "made.setdefault(id(old), _longer(old, rows))",
+        "made[id(old)] = _longer(old, rows)", TOKENS),
+    Bug("a file makes the model as large as it likes", "lora/tokens.py", "(size if strict else 2 * size)",
+        "(size if strict else 10**12)", PEFT),
 )  # fmt: skip
 COUNT = LONG = len(BUGS)
 

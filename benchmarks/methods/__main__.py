@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from benchmarks.methods.methods import BASE, all_methods
@@ -46,7 +47,7 @@ def main() -> None:
     methods = list(dict.fromkeys([BASE, *asked.only]))
     if not asked.table:
         work(folder, settings, tasks, methods, asked.budget, console)
-    records = read_records(folder, machine(), settings)
+    records = read_records(folder, machine(torch.get_num_threads()), settings)
     print(write(records, results, results / "methods.md" if asked.quick else PAGE))
 
 
@@ -68,7 +69,7 @@ def work(
     end = None if minutes is None else time.monotonic() + 60 * minutes
     failed: set[Cell] = set()
     while True:
-        records = read_records(folder, machine(), settings)
+        records = read_records(folder, machine(torch.get_num_threads()), settings)
         cells = [cell for cell in missing_cells(records, tasks, methods) if cell not in failed]
         if not cells:
             return

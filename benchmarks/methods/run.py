@@ -68,7 +68,7 @@ def run(task: str, method: str, lr: float, seed: int, settings: dict[str, Any]) 
         "lr": lr,
         "seed": seed,
         "settings": settings,
-        "machine": machine(),
+        "machine": machine(torch.get_num_threads()),
         "steps": steps,
         "tuning_loss": tuning if tuning is not None and math.isfinite(tuning) else None,
         "loss": reported if reported is not None and math.isfinite(reported) else None,
