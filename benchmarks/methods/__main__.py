@@ -37,7 +37,7 @@ def main() -> None:
     asked = _arguments()
     console = Console(highlight=False)
     settings = settings_of(asked) | (QUICK if asked.quick else {})
-    results = RESULTS / "methods-quick" if asked.quick else RESULTS
+    results = ROOT / "build" / "methods-quick" if asked.quick else RESULTS
     folder = results / "methods"
     folder.mkdir(parents=True, exist_ok=True)
     missing = {name: why for name in asked.tasks if (why := TASKS[name].missing())}
@@ -48,7 +48,7 @@ def main() -> None:
     if not asked.table:
         work(folder, settings, tasks, methods, asked.budget, console)
     records = read_records(folder, machine(torch.get_num_threads()), settings)
-    console.print(write(records, results, results / "methods.md" if asked.quick else PAGE), markup=False)
+    print(write(records, results, results / "methods.md" if asked.quick else PAGE))
 
 
 def _arguments() -> argparse.Namespace:
@@ -57,7 +57,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", type=names(TASKS), default=list(TASKS), help="tasks, with commas")
     parser.add_argument("--budget", type=float, default=None, help="minutes: begin no run that would end later")
     parser.add_argument("--table", action="store_true", help="run nothing, only report")
-    parser.add_argument("--quick", action="store_true", help="a few rows, into a folder beside the results")
+    parser.add_argument("--quick", action="store_true", help="a few rows, into build/methods-quick")
     add_settings(parser)
     return parser.parse_args()
 

@@ -78,7 +78,7 @@ class LoraParameter(LoraLinear):
     def merged_weight(self) -> Tensor:
         """W + s·B·A, summed expert by expert in fp32 and rounded once to W's dtype, (…, out, in)."""
         W = self.base_weight()
-        A, B = self.update
+        A, B = self.matrices(*self.update)
         parts = [(W, A, B)] if W.ndim == 2 else zip(W, A, B, strict=True)
         sums = [(W_e.to(factor_dtype(W)) + self.scale * (B_e @ A_e)).to(W.dtype) for W_e, A_e, B_e in parts]
         return torch.stack(sums).view(W.shape)
@@ -93,7 +93,7 @@ class LoraParameter(LoraLinear):
         """What the module itself computes, with W + s·B·A in W's place."""
         if not self.enabled:
             return self.base_layer(*args, **kwargs)
-        A, B = self.update
+        A, B = self.matrices(*self.update)
         L, R = (A.mT, B.mT) if turns(self.holder, self._held) else (B, A)
         names = vars(self.holder)  # what is in here goes before parameters
         names[self.parameter] = LowRankSum(self._held, L, R, self.scale)

@@ -116,12 +116,12 @@ class LoraLinear(nn.Module):
         """
         A, B = self.factors
         if self.lora_A0 is None or self.lora_B0 is None:
-            return self.matrices(A, B)
+            return A, B
         return torch.cat([A, A - self.lora_A0]), torch.cat([B - self.lora_B0, self.lora_B0], dim=1)
 
     def moved(self) -> bool:
         """Whether ΔW is anything but 0."""
-        A, B = self.update
+        A, B = self.matrices(*self.update)
         return bool((A.any(dim=-1) & B.any(dim=-2)).any())
 
     def saved(self) -> dict[str, Tensor]:
@@ -147,7 +147,7 @@ class LoraLinear(nn.Module):
 
     def delta(self) -> Tensor:
         """ΔW = s·B'·A', dense (out, in), in the precision of A and B."""
-        A, B = self.update
+        A, B = self.matrices(*self.update)
         return self.scale * (B @ A)
 
     def merged_weight(self) -> Tensor:
