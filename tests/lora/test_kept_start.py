@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafit import VARIANTS, LoraConfig, LoraLinear, add_lora, load_lora, merge_lora, save_lora
+from lorafit.adapter.peft_config import CONFIG
 from lorafit.adapter.peft_format import WEIGHTS
 from lorafit.errors import AdapterError, UsageError
 from lorafit.files import MANIFEST
@@ -142,6 +143,17 @@ def test_a_mark_on_an_odd_rank_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).unlink()
     with pytest.raises(AdapterError, match=r"an odd rank has none: model\.layers\.0\.self_attn\.q_proj, "):
         load_lora(tiny("llama"), tmp_path)
+
+
+def test_experts_keep_no_start_whatever_a_file_says(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    add_lora(model, LoraConfig(r=2))
+    save_lora(model, tmp_path)
+    said = json.loads((tmp_path / CONFIG).read_text()) | {"init_lora_weights": "pissa"}
+    (tmp_path / CONFIG).write_text(json.dumps(said))
+    (tmp_path / MANIFEST).unlink()
+    with pytest.raises(AdapterError, match=r"a start that is kept, in what keeps none: model\.layers\.0\.mlp\."):
+        load_lora(tiny("mixtral"), tmp_path)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
