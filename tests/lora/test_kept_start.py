@@ -88,12 +88,14 @@ def test_a_small_update_survives_bf16(kind: str, size: float) -> None:
     assert (layer(x).double() - expected).norm() < 0.01 * expected.norm()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), scales=st.tuples(*[st.integers(-12, 3)] * 2))
 def test_a_difference_gives_back_what_was_taken_away(seed: int, scales: tuple[int, int]) -> None:
+    """In bf16, too: with few digits the rare case comes up that a − (a − d) is a tie and rounds to another number."""
     torch.manual_seed(seed)
-    a, b = (torch.randn(400) * 2.0**scale for scale in scales)
-    assert torch.equal(a - subtrahend(a, a - b), a - b)
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = ((torch.randn(100_000) * 2.0**scale).to(dtype) for scale in scales)
+        assert torch.equal(a - subtrahend(a, a - b), a - b)
 
 
 @pytest.mark.parametrize("case", SETTINGS)
