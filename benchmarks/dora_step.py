@@ -18,10 +18,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.speed.measure import load_average, machine
-from benchmarks.speed.workloads import ALPHA, LR, R, make_model
+from benchmarks.speed.workloads import Setup, make_model
 from lorafit import LoraConfig, add_lora
 from lorafit.files import write_json
 
+SETUP = Setup()
 RESULTS = Path(__file__).parent / "results" / "dora_step.json"
 ROWS, LENGTH, SCORED = 4, 256, 64
 RATIOS = {
@@ -35,11 +36,11 @@ def adapted(model: nn.Module, name: str) -> nn.Module:
     """`model` with the adapter called `name`."""
     who, variant = name.split()
     if who == "lorafit":
-        add_lora(model, LoraConfig(r=R, alpha=ALPHA, variant=variant))
+        add_lora(model, LoraConfig(r=SETUP.r, alpha=SETUP.alpha, variant=variant))
         return model
     import peft
 
-    config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", use_dora=variant == "dora")
+    config = peft.LoraConfig(r=SETUP.r, lora_alpha=SETUP.alpha, target_modules="all-linear", use_dora=variant == "dora")
     wrapped: nn.Module = peft.get_peft_model(model, config)
     return wrapped
 
@@ -47,7 +48,7 @@ def adapted(model: nn.Module, name: str) -> nn.Module:
 def stepper(model: Any) -> Callable[[torch.Tensor], float]:
     """Takes one step on rows of ids, and says how long it took."""
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=SETUP.lr, fused=True)
 
     def step(ids: torch.Tensor) -> float:
         began = time.perf_counter()
@@ -81,8 +82,8 @@ def run(turns: int, layers: int, **shape: Any) -> dict[str, Any]:
         for what, (one, other) in RATIOS.items()
     }
     return {
-        "settings": {"turns": turns, "layers": layers, "rows": ROWS, "length": LENGTH, "r": R},
-        "machine": machine(),
+        "settings": {"turns": turns, "layers": layers, "rows": ROWS, "length": LENGTH, "r": SETUP.r},
+        "machine": machine(torch.get_num_threads()),
         "load_average": load_average(),
         "seconds": seconds,
         "ratios": ratios,

@@ -15,12 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.speed.measure import forget_peak, load_average, machine, memory
-from benchmarks.speed.workloads import ALPHA, WORKLOADS, R, make_model, rows_of
+from benchmarks.speed.workloads import WORKLOADS, Setup, make_model, rows_of
 from lorafit import INITS, Batches, LoraConfig, add_lora, calibrate
 from lorafit.files import write_json
 from lorafit.lora.inject import adapter_state
 
+SETUP = Setup()
 RESULTS = Path(__file__).parent / "results" / "init_cost.json"
 
 
@@ -32,15 +35,15 @@ def cost(init: str, layers: int, rows: int, **shape: Any) -> dict[str, Any]:
     gc.collect()
     forget_peak()
     before, began = memory("VmRSS"), time.perf_counter()
-    config, starts = calibrate(model, LoraConfig(r=R, alpha=ALPHA, init=init, init_rows=rows), batches)
+    config, starts = calibrate(model, LoraConfig(r=SETUP.r, alpha=SETUP.alpha, init=init, init_rows=rows), batches)
     looked = time.perf_counter()
     add_lora(model, config, starts)
     done, peak = time.perf_counter(), memory("VmHWM")
     adapter = sum(tensor.nbytes for tensor in adapter_state(model).values())
     return {
         "init": init,
-        "settings": {"layers": layers, "rows": rows, "r": R},
-        "machine": machine(),
+        "settings": {"layers": layers, "rows": rows, "r": SETUP.r},
+        "machine": machine(torch.get_num_threads()),
         "load_average": load_average(),
         "seconds": done - began,
         "of these looking at data": looked - began,
@@ -62,7 +65,7 @@ def main() -> None:
         return
     found: list[dict[str, Any]] = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     for init in arguments.inits:
-        settings = {"layers": arguments.layers, "rows": arguments.rows, "r": R}
+        settings = {"layers": arguments.layers, "rows": arguments.rows, "r": SETUP.r}
         if not any(one["init"] == init and one["settings"] == settings for one in found):
             alone = [sys.executable, "-m", "benchmarks.init_cost", "--one", init]
             sizes = ["--layers", str(arguments.layers), "--rows", str(arguments.rows)]
