@@ -109,7 +109,7 @@ BUGS = (
         ".addr_(away, away, alpha=self.count * len(x) / total)", "", STARTS),
     Bug("CorDA's C in the units of the inputs", "lora/inits.py",
         "C = C / C.diagonal().mean().clamp_min(torch.finfo(C.dtype).tiny)", "C = C + 0", STARTS),
-    Bug("padding among the inputs", "training/calibrate.py", "if passes.packed else alone:", "if True:", CALIBRATE),
+    Bug("padding among the inputs", "training/calibrate.py", " if passes.packed else alone:", ":", CALIBRATE),
     Bug("hooks left behind", "training/calibrate.py", "            watch.handle.remove()\n", "            pass\n",
         CALIBRATE),
     Bug("flags not given back", "training/calibrate.py", "parameter.requires_grad_(True)", "pass", CALIBRATE),

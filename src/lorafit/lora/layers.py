@@ -124,9 +124,14 @@ class LoraLinear(nn.Module):
         A, B = self.matrices(*self.update)
         return bool((A.any(dim=-1) & B.any(dim=-2)).any())
 
+    @property
+    def filed(self) -> tuple[Tensor, Tensor]:
+        """A' and B' as they lie in a file."""
+        return self.update
+
     def saved(self) -> dict[str, Tensor]:
-        """The adapter's tensors as a file holds them, by their names below the layer's own: A', B' for A, B."""
-        own, pair = self.state_dict(keep_vars=True), dict(zip(self.pair_names, self.update, strict=True))
+        """The adapter's tensors as a file holds them, by their names below the layer's own."""
+        own, pair = self.state_dict(keep_vars=True), dict(zip(self.pair_names, self.filed, strict=True))
         return {name: pair[name] if name in pair else own[name] for name in self.tensor_shapes(0, 0, 0)}
 
     @torch.no_grad()
