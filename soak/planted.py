@@ -357,7 +357,7 @@ BUGS = (
         SCHEMA),
     Bug("an init that changed the base", "adapter/peft_config.py",
         'if name == "init_lora_weights" and value not in PLAIN_INITS:', "if False:", SCHEMA + PEFT),
-    Bug("a pattern may take its time", "adapter/peft_config.py", "if first < 0 or time.thread_time() > end:",
+    Bug("a pattern may take its time", "adapter/patterns.py", "if first < 0 or time.thread_time() > end:",
         "if first < 0:", SCHEMA),
     Bug("rsLoRA forgotten when loading", "adapter/peft_config.py", 'rslora=raw["use_rslora"]', "rslora=False",
         ("test_properties.py",)),
