@@ -17,15 +17,13 @@ if TYPE_CHECKING:
     from lorafit.data.batches import Batches
     from lorafit.data.read import read_examples
     from lorafit.errors import LorafitError
+    from lorafit.lora.counts import count_parameters, print_model_parameters, print_trainable_parameters
     from lorafit.lora.inits import INITS, init
     from lorafit.lora.inject import (
         add_lora,
-        count_parameters,
         find_targets,
         lora_disabled,
         merge_lora,
-        print_model_parameters,
-        print_trainable_parameters,
     )
     from lorafit.lora.layers import VARIANTS, DoraLinear, LoraEmbedding, LoraLinear
     from lorafit.lora.tokens import add_tokens
@@ -40,14 +38,12 @@ _HOME = {
     "errors": ("LorafitError",),
     "lora.layers": ("VARIANTS", "DoraLinear", "LoraEmbedding", "LoraLinear"),
     "lora.inits": ("INITS", "init"),
+    "lora.counts": ("count_parameters", "print_model_parameters", "print_trainable_parameters"),
     "lora.inject": (
         "add_lora",
-        "count_parameters",
         "find_targets",
         "lora_disabled",
         "merge_lora",
-        "print_model_parameters",
-        "print_trainable_parameters",
     ),
     "lora.tokens": ("add_tokens",),
     "adapter.algebra": ("combine_adapters", "diff_adapters", "resize_adapter"),

@@ -88,6 +88,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "lora_dropout": (*NO_NUMBERS, 1, -0.1),
     "target_modules": (3, True, {"a": 1}, [1], [["q_proj"]], [None], [""], ["a" * 1001], ["a"] * 20_001, "a" * 100_001),
     "exclude_modules": (3, True, {"a": 1}, [1], [""]),
+    "trainable_token_indices": (5, "5", True, [-1], [1.0], ["<a>"], [[1]], {"a": 1}, {"a": [True]}, NAN),
     "modules_to_save": ("norm", 3, {"norm": 1}, [1], [""]),
     "layers_to_transform": ("1", True, -1, 10**400, 1.0, [1, -1], [True], [1.5], {"1": 1}, NAN),
     "layers_pattern": (1, {"a": 1}, [1]),

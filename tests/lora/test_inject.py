@@ -18,6 +18,7 @@ import lorafit
 from lorafit import LoraConfig, LoraLinear, add_lora, find_targets, load_lora, merge_lora, unload_lora
 from lorafit.errors import LorafitError, NumericError, UsageError
 from lorafit.lora import inject
+from lorafit.lora.counts import Counts
 from lorafit.lora.inits import INITS, init
 
 Tiny = Callable[..., Any]
@@ -76,7 +77,7 @@ def test_the_tutorial_model_and_its_line(capsys: pytest.CaptureFixture[str]) -> 
 def test_the_tutorials_qwen(r: int, trainable: int, total: int) -> None:
     model = qwen_half_billion()
     plan = add_lora(model, LoraConfig(r=r))
-    assert lorafit.count_parameters(model) == inject.Counts(trainable, total)
+    assert lorafit.count_parameters(model) == Counts(trainable, total)
     assert (plan.trainable, plan.total) == (trainable, total)
     assert "model.layers.{0..23}.self_attn.q_proj" in str(plan)
     theirs = peft.get_peft_model(qwen_half_billion(), peft.LoraConfig(r=r, target_modules="all-linear"))

@@ -18,7 +18,7 @@ from lorafit.errors import UsageError
 from lorafit.lora.inject import wrappers
 from lorafit.lora.names import key_matches
 from lorafit.training.loop import begin, take_step
-from lorafit.training.neftune import noisy_embeddings
+from lorafit.training.neftune import noisy
 from lorafit.training.optim import make_optimizer
 from lorafit.training.rules import RULES, held_still
 
@@ -282,7 +282,7 @@ def test_the_noise_of_one_row_is_that_of_transformers(family: str, tiny: Tiny, e
     model = tiny(family).train()
     batch = collate(examples(1), packed=True)
     torch.manual_seed(4)
-    with noisy_embeddings(model, batch, 5.0):
+    with noisy(model, batch, 5.0):
         ours = model.get_input_embeddings()(batch.input_ids)
     handle = activate_neftune(model, 5.0)
     torch.manual_seed(4)
@@ -298,7 +298,7 @@ def test_each_row_has_noise_of_its_own_length(packed: bool, tiny: Tiny, examples
     batch = collate(rows, packed=packed)
     embedding = model.get_input_embeddings()
     clean = embedding(batch.input_ids)
-    with noisy_embeddings(model, batch, 5.0):
+    with noisy(model, batch, 5.0):
         noise = embedding(batch.input_ids) - clean
     padded = [row[:length] for row, length in zip(noise, batch.lengths, strict=False)]
     parts = noise[0].split(list(batch.lengths)) if packed else padded

@@ -1,4 +1,7 @@
-"""Patterns that come from a file: matched by RE2, which is linear in the length of pattern and name, within a limit."""
+"""Which names a pattern from a file matches, at a cost that is known before.
+
+RE2 is linear in the length of pattern and name; Python's `re` can be kept busy for years by twenty characters.
+"""
 
 import re
 import time
@@ -10,7 +13,6 @@ from lorafit.errors import UsageError
 
 MATCHING_SECONDS = 2.0  # of the processor, for one field
 MATCHING_MEMORY = 8 * 2**20  # where 2000 layers with a pattern each take one second
-
 # Look-around, back-references and the like, for which Python's matcher may take forever.
 BEYOND_RE2 = ("invalid perl operator", "invalid escape", "invalid named", "invalid repetition", "bad repetition")
 # What RE2 and Python read differently, so that it is never taken for something else: a{,3} [[:alpha:]] \12 \w of ä

@@ -165,23 +165,15 @@ def fine_tune(
     evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
     settings = as_dict(model, lora, tokens, data, training, follow, OutConfig(out=str(folder)))
     done = runs.start(folder, settings, resume=resume)
-    place = {"resume" if resume else "checkpoints": folder / runs.CHECKPOINTS}
+    place: dict[str, Any] = {"resume" if resume else "checkpoints": folder / runs.CHECKPOINTS}
     steps = loop.count_steps(training, batches)
     with (
         following(follow.track, folder, settings, done, console.print) as tell,
         signals.noted(),
         runs.progress(console, steps, folder / runs.LOG, done, tell) as show,
     ):
-        result = loop.train(
-            net,
-            batches,
-            training,
-            evaluation=evaluation,
-            **place,
-            on_step=show,
-            on_note=console.print,
-            stop=signals.reason,
-        )
+        heard: dict[str, Any] = {"on_step": show, "on_note": console.print, "stop": signals.reason}
+        result = loop.train(net, batches, training, evaluation=evaluation, **place, **heard)
     beside = tokenizer if plan.tokens else None
     adapter = save_lora(net, folder / runs.ADAPTER, base_model=model.model, tokenizer=beside)
     runs.draw_losses(result.history, folder / runs.PICTURE, title=f"{model.model} on {data.data}")

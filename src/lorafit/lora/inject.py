@@ -86,14 +86,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Numbers of parameters, tied ones counted once."""
-
-    trainable: int
-    total: int
-
-
-@dataclass(frozen=True)
 class Attached:
     """What a model remembers of its adapter: the plan, and every parameter's `requires_grad` from before."""
 
@@ -143,10 +135,10 @@ def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
     if not targets and not trained:
         raise UsageError(f"nothing to adapt: no linear layer in this {type(model).__name__} matches the configuration")
     tokens = find_rows(model, modules, (*chosen, *trained), config, strict)
-    trainable, total = _counts(model, config, targets, trained)
     rows = sum(len(ids) * modules[name].get_parameter("weight").shape[1] for name, ids in tokens.items())
+    counts = _counts(model, config, targets, trained, rows)
     unreachable = _unreachable(model, trained, {target.name for target in targets})
-    return Plan(config, tuple(targets), tuple(trained), unreachable, trainable + rows, total + rows, tokens)
+    return Plan(config, tuple(targets), tuple(trained), unreachable, *counts, tokens)
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -279,11 +271,11 @@ def tensor_shapes(target: Target, layer: nn.Module, variant: str) -> dict[str, t
 
 
 def _counts(
-    model: nn.Module, config: LoraConfig, targets: Iterable[Target], trained: Mapping[str, nn.Module]
+    model: nn.Module, config: LoraConfig, targets: Iterable[Target], trained: Mapping[str, nn.Module], rows: int
 ) -> tuple[int, int]:
     modules = plain_modules(model)
     shapes = [tensor_shapes(target, modules[target.layer], config.variant) for target in targets]
-    trainable = sum(math.prod(shape) for layer in shapes for shape in layer.values())
+    trainable = rows + sum(math.prod(shape) for layer in shapes for shape in layer.values())
     trainable += sum(p.numel() for module in trained.values() for p in module.parameters())
     plain = {p for m in (model, *modules.values()) for p in m.parameters(recurse=False)}
     return trainable, sum(p.numel() for p in plain) + trainable
@@ -406,8 +398,7 @@ def remove_lora(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, on_note: Callable[[str], object] = warnings.warn) -> nn.Module:
-    """Make W + ΔW the model's own weights, summed in fp32 and rounded once; the model is plain again. Returns
-    it.
+    """Make W + ΔW the model's own weights, summed in fp32 and rounded once. Returns the model, which is plain again.
 
     All or nothing: NumericError names every layer whose sum is not finite, and nothing has been changed then.
     A tied weight (embedding and head in one) is untied first, so that the other end keeps what it had, and
@@ -429,12 +420,11 @@ def merge_lora(model: nn.Module, on_note: Callable[[str], object] = warnings.war
 @torch.no_grad()
 def absorb(model: nn.Module, digest: str | None, on_note: Callable[[str], object] = warnings.warn) -> None:
     """Put every merged weight into its layer, looked at by the caller, and note `digest` as what was merged."""
-    found = list(wrappers(model))
     owners: dict[int, set[str]] = defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].add(name)
     untied, thawed = False, []
-    for name, layer in reversed(found):  # the inner ones first
+    for name, layer in reversed(list(wrappers(model))):  # the inner ones first
         if not isinstance(layer, TokenRows | TiedHead):  # which stay tied
             untied |= any(len(owners[id(parameter)]) > 1 for parameter in layer.base_layer.parameters())
         plain = layer.trained if isinstance(layer, TrainedCopy) else layer.write_merged()
@@ -474,25 +464,3 @@ def _forget(model: nn.Module) -> None:
 def _restore(model: nn.Module, flags: Mapping[str, bool]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(flags.get(name, parameter.requires_grad))
-
-
-# --- counting -------------------------------------------------------------------------------------
-
-
-def count_parameters(model: nn.Module) -> Counts:
-    """How many parameters the model trains, and holds in all."""
-    parameters = list(model.parameters())
-    return Counts(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
-
-
-def print_trainable_parameters(model: nn.Module) -> None:
-    """One line in PEFT's words: `trainable params: 16,896 || all params: 54,744 || trainable%: 30.8637`."""
-    n = count_parameters(model)
-    share = 100 * n.trainable / n.total
-    print(f"trainable params: {n.trainable:,} || all params: {n.total:,} || trainable%: {share:.4f}")
-
-
-def print_model_parameters(model: nn.Module) -> None:
-    """A line per parameter: its name, shape and whether it is trained."""
-    for name, parameter in model.named_parameters():
-        print(f"{name:60} {tuple(parameter.shape)!s:18} requires_grad={parameter.requires_grad}")

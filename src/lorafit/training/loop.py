@@ -25,7 +25,7 @@ from lorafit.training.checkpoint import Checkpoints
 from lorafit.training.loss import find_head
 from lorafit.training.memory import automatic_limit
 from lorafit.training.modes import evaluating
-from lorafit.training.neftune import noisy_embeddings
+from lorafit.training.neftune import noisy
 from lorafit.training.optim import lr_at, make_optimizer
 from lorafit.training.run import Passes, Record, Result, Run, Stop, heed
 from lorafit.training.ways import as_asked
@@ -95,8 +95,7 @@ def take_step(run: Run, *, stop: Stop = lambda: None, on_note: Note = lambda sen
     for number, batch in enumerate(window):
         heed(stop)
         torch.manual_seed(hash((run.config.seed, run.step, number)) % 2**63)  # dropout and noise depend on nothing else
-        noise = noisy_embeddings(run.model, batch, run.config.neftune)
-        with run.passes.limit.fits(batch), row_attention(run.model, batch), noise:
+        with run.passes.limit.fits(batch), row_attention(run.model, batch), noisy(run.model, batch, run.config.neftune):
             loss = run.passes.loss(run.model, batch.to(device), max(tokens, 1))
             loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach().cpu()

@@ -18,7 +18,7 @@ from lorafit.errors import UsageError
 
 
 @contextmanager
-def noisy_embeddings(model: nn.Module, batch: Batch, alpha: float) -> Iterator[None]:
+def noisy(model: nn.Module, batch: Batch, alpha: float) -> Iterator[None]:
     """Inside the block, what `model` looks up for the tokens of `batch` carries noise of size `alpha`; 0: none."""
     if not alpha:
         yield
