@@ -186,7 +186,7 @@ def fine_tune(
     adapter = save_lora(net, folder / runs.ADAPTER, base_model=model.model, tokenizer=beside)
     runs.draw_losses(result.history, folder / runs.PICTURE, title=f"{model.model} on {data.data}")
     kept: dict[str, Any] = {"settings": settings, "count": follow.samples, "tokens": follow.sample_tokens}
-    write_json(folder / runs.ABOUT, about(net, tokenizer, plan, adapter, examples, held_out, **kept))
+    write_json(folder / runs.ABOUT, about(net, tokenizer, plan, examples, held_out, **kept))
     console.print(runs.epochs_table(result.epoch_losses, result.evaluations, batches.steps_per_epoch))
     console.print(f"adapter {adapter}, log {folder / runs.LOG}, picture {folder / runs.PICTURE}")
     console.print(f"talk to it: lorafit chat --model {model.model} --adapter {adapter}")
