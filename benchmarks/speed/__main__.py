@@ -4,16 +4,16 @@
     python -m benchmarks.speed --only W1 --peers lorafit,peft
     python -m benchmarks.speed --only W1 --ladder          # from the tutorial's layer to lorafit, one change at a time
     python -m benchmarks.speed --table                     # the table again, from the runs that there are
+    python -m benchmarks.speed --quick --rounds 1          # a tiny model: whether everything works
 
-First every peer takes one step of a tiny model; one whose loss or gradient is not lorafit's is named and not timed.
+First every peer takes three steps of a tiny model; one whose loss or gradient is not lorafit's is named and not timed.
 Then each run is a process of its own, in the opposite order in every other round. A run that is there already, made on
-this machine with these settings, is not made again.
+this machine with these settings (and, if it is lorafit's, with this code), is not made again.
 """
 
 import argparse
-import json
-import subprocess
-import sys
+import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,50 +21,57 @@ from pathlib import Path
 import transformers
 from rich.console import Console
 
-from benchmarks.speed.gate import gate
+from benchmarks.speed.gate import Verdict, gate
+from benchmarks.speed.ladder import BUILDERS, LADDER
 from benchmarks.speed.measure import machine
-from benchmarks.speed.peers import BUILDERS, LADDER, PEERS
-from benchmarks.speed.report import Record, read_records, write
-from benchmarks.speed.run import add_settings, precision
+from benchmarks.speed.peers import PEERS
+from benchmarks.speed.report import TITLES, read_records, told, write
+from benchmarks.speed.run import SETTINGS, add_settings, precision
+from benchmarks.speed.runs import ROOT, Record, code, read, run_once
 from benchmarks.speed.workloads import WORKLOADS
+from lorafit.files import write_json
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-RUNS = RESULTS / "speed"
+QUICK = ROOT / "runs" / "benchmarks"
+GATE = "gate.json"
 
 
 def main() -> None:
     asked = _arguments()
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
+    settings = {key: getattr(asked, key) for key in SETTINGS}
+    results = QUICK if asked.quick else RESULTS
+    runs = results / "speed"
     dtype = str(precision(asked.dtype)).removeprefix("torch.")
-    settings = {"steps": asked.steps, "warmup": asked.warmup, "layers": asked.layers}
-    refused: dict[str, str] = {}
+    like = {"dtype": dtype, "settings": settings, "machine": machine(asked.threads)}
+    refused: dict[str, str] = (read(runs / GATE) or {}).get("refused", {})
     if not asked.table:
         peers = [*asked.peers, *(LADDER if asked.ladder else ())]
-        refused = _quiet_gate(peers)
-        for name, why in refused.items():
-            console.print(f"{name:12} {why or 'same loss and gradients as lorafit'}")
+        refused |= _gated(peers, console)
+        runs.mkdir(parents=True, exist_ok=True)
+        write_json(runs / GATE, {"refused": refused})
         able = [name for name in peers if not refused[name]]
-        RUNS.mkdir(parents=True, exist_ok=True)
-        for workload, peer, number in _plan(asked.only, able, asked.rounds):
-            _run(workload, peer, number, dtype, settings, console)
-    wrong = {name: why for name, why in refused.items() if why}
-    records = [one for one in read_records(RUNS, machine(), dtype, settings) if one["peer"] not in wrong]
-    print(write(records, wrong, RESULTS, ROOT / "README.md"))
+        plan = list(_plan(asked.only, able, asked.rounds))
+        for number, (workload, peer, round_) in enumerate(plan, 1):
+            label = f"[{number}/{len(plan)}] {workload} round {round_ + 1} {peer:21}"
+            out = runs / f"{workload}-{peer}-{dtype}-{round_}.json"
+            _run(workload, peer, round_, like, out, asked.fresh, label, console)
+    print(write(read_records(runs, like), refused, results, None if asked.quick else ROOT / "README.md"))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=_names(WORKLOADS), default=list(WORKLOADS), help="workloads, with commas")
-    parser.add_argument("--peers", type=_names(BUILDERS), default=list(PEERS), help="peers, with commas")
+    parser.add_argument("--only", type=names(WORKLOADS), default=list(WORKLOADS), help="workloads, with commas")
+    parser.add_argument("--peers", type=names(BUILDERS), default=list(PEERS), help="peers, with commas")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ladder", action="store_true", help="W1 also for each step from the tutorial to lorafit")
     parser.add_argument("--table", action="store_true", help="run nothing, only report")
+    parser.add_argument("--fresh", action="store_true", help="make also those runs again that are there")
     add_settings(parser)
     return parser.parse_args()
 
 
-def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
+def names(known: Iterable[str]) -> Callable[[str], list[str]]:
     """An argparse type: names with commas between them, each of them known."""
     able = list(known)
 
@@ -77,12 +84,19 @@ def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def _quiet_gate(peers: list[str]) -> dict[str, str]:
-    """The gate, without the other libraries' advice."""
+def _gated(peers: list[str], console: Console) -> dict[str, str]:
+    """What the gate says of `peers`; without the other libraries' advice."""
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return gate(peers)
+        found = {name: verdict for peer in peers for name, verdict in gate([peer]).items()}
+    for name, verdict in found.items():
+        console.print(f"{TITLES[name]}: {_said(verdict)}", markup=False)
+    return {name: verdict.wrong for name, verdict in found.items()}
+
+
+def _said(verdict: Verdict) -> str:
+    return f"REFUSED, {verdict.wrong}" if verdict.wrong else f"same losses and gradients; {told(verdict.config)}"
 
 
 def _plan(workloads: list[str], peers: list[str], rounds: int) -> Iterator[tuple[str, str, int]]:
@@ -94,28 +108,23 @@ def _plan(workloads: list[str], peers: list[str], rounds: int) -> Iterator[tuple
                     yield workload, peer, number
 
 
-def _run(workload: str, peer: str, number: int, dtype: str, settings: Record, console: Console) -> None:
-    out = RUNS / f"{workload}-{peer}-{dtype}-{number}.json"
-    label = f"{workload}  round {number + 1}  {peer:12}"
-    if _is_there(out, settings):
-        console.print(f"{label} is there already")
+def _run(
+    workload: str, peer: str, number: int, like: Record, out: Path, fresh: bool, label: str, console: Console
+) -> None:
+    ours = peer.startswith("lorafit") or peer in LADDER
+    like = like | ({"code": code(["src/lorafit"])} if ours else {})
+    what = {"workload": workload, "peer": peer, "round": number}
+    flags = what | like["settings"] | {"dtype": like["dtype"], "threads": like["machine"]["threads"]}
+    began = time.perf_counter()
+    with console.status(label):
+        record, was_there = run_once("benchmarks.speed.run", flags, out, what | like, fresh=fresh)
+    if "failed" in record:
+        console.print(f"{label} failed: {record['failed']}", markup=False)
         return
-    flags = [f"--{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "benchmarks.speed.run", "--workload", workload, "--peer", peer, "--out", str(out)]
-    command += ["--round", str(number), "--dtype", dtype, *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        console.print(f"{label} failed: {(done.stderr.strip().splitlines() or ['it was killed'])[-1]}", markup=False)
-        return
-    seconds = sorted(json.loads(out.read_text())["seconds"])
-    console.print(f"{label} {seconds[len(seconds) // 2]:.3f} s per step ({seconds[0]:.3f} to {seconds[-1]:.3f})")
-
-
-def _is_there(path: Path, settings: Record) -> bool:
-    if not path.exists():
-        return False
-    record = json.loads(path.read_text())
-    return bool(record["settings"] == settings and record["machine"] == machine())
+    seconds = record["seconds"]
+    took = "was there" if was_there else f"took {time.perf_counter() - began:.0f} s"
+    said = f"{statistics.median(seconds):.3f} s per step ({min(seconds):.3f} to {max(seconds):.3f}), {took}"
+    console.print(f"{label} {said}", markup=False)
 
 
 if __name__ == "__main__":

@@ -3,35 +3,43 @@
 import os
 import platform
 import time
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.speed.workloads import R, targets
+from benchmarks.speed.workloads import Setup, targets
 from lorafit.data.chat import Example
 
+CPU = torch.device("cpu")
 SIZES = (512, 768, 1024, 1536, 2048)
+GPU_SIZES = (2048, 3072, 4096, 6144, 8192)
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "numpy", "triton", "liger-kernel")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def matrix_peak(dtype: torch.dtype, repeats: int = 3) -> float:
+def matrix_peak(dtype: torch.dtype, device: torch.device = CPU, repeats: int = 3) -> float:
     """FLOP/s of the fastest square matrix product: what this machine reaches when nothing else is in the way."""
-    return max(_speed(size, dtype, repeats) for size in SIZES)
+    return max(_speed(size, dtype, device, repeats) for size in (SIZES if device == CPU else GPU_SIZES))
 
 
-def _speed(size: int, dtype: torch.dtype, repeats: int) -> float:
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+def _speed(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
         a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
     return 2 * size**3 / min(times[1:])
 
 
-def useful_flops(model: nn.Module, rows: list[Example], supervised: int) -> float:
+def useful_flops(model: nn.Module, rows: Sequence[Example], supervised: int, setup: Setup) -> float:
     """What one step on `rows` cannot do without: (4N + 6a)·real + 4H·supervised + causal attention.
 
     `model` is the plain one. N weights of the frozen layers: forward, and backward to their input; a of the adapter:
@@ -40,7 +48,7 @@ def useful_flops(model: nn.Module, rows: list[Example], supervised: int) -> floa
     """
     layers = targets(model).values()
     N = sum(layer.weight.numel() for layer in layers)
-    a = sum(R * (layer.in_features + layer.out_features) for layer in layers)
+    a = sum(setup.r * (layer.in_features + layer.out_features) for layer in layers)
     config: Any = model.config
     H = config.hidden_size * config.vocab_size
     real = sum(len(row.ids) for row in rows)
@@ -50,10 +58,13 @@ def useful_flops(model: nn.Module, rows: list[Example], supervised: int) -> floa
     return float((4 * N + 6 * a) * real + 4 * H * supervised + attention)
 
 
-def forget_peak() -> None:
-    """Let the kernel begin a new peak of this process's memory, where it can (Linux)."""
-    if CLEAR.exists():
+def forget_peak() -> bool:
+    """Let the kernel begin a new peak of this process's memory; False where it does not (Linux alone has it)."""
+    try:
         CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def memory(key: str) -> int | None:
@@ -64,14 +75,29 @@ def memory(key: str) -> int | None:
     return None
 
 
-def machine() -> dict[str, Any]:
+def machine(threads: int) -> dict[str, Any]:
     """What a time depends on and does not change between runs."""
     return {
         "cpu": _cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "threads": threads,
+        "environment": environment(threads),
+        "versions": versions(),
     }
+
+
+def environment(threads: int) -> dict[str, str]:
+    """What every run finds set."""
+    return {"OMP_NUM_THREADS": str(threads), "MALLOC_ARENA_MAX": "2"}
+
+
+def versions() -> dict[str, str]:
+    """Of everything that has a part in a time."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def load_average() -> float | None:

@@ -1,11 +1,12 @@
 """The peers: each a way to train the same adapter on the same rows, built as its own users build it.
 
-`BUILDERS[name](model, batches, start)` turns the plain `model` into one with the adapter `start` and returns a `Peer`.
+`BUILDERS[name](task, start)` turns the task's plain model into one with the adapter `start` and returns a `Peer`.
 All of them minimise the negative log-likelihood per supervised token of the step, with AdamW.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,59 +15,94 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.speed.workloads import ALPHA, CLIP, LR, Factors, R, targets
-from lorafit import Batches, LoraConfig, TrainConfig, add_lora
-from lorafit.data.batches import Batch, collate
+from benchmarks.speed.tasks import Task
+from benchmarks.speed.workloads import Factors, Setup, targets
+from lorafit import LoraConfig, TrainConfig, add_lora
+from lorafit.data.batches import collate
 from lorafit.data.chat import IGNORE, Example
 from lorafit.lora.inject import wrappers
-from lorafit.training.attention import row_attention
+from lorafit.training.blocks import find_blocks
 from lorafit.training.loop import begin, take_step
-from lorafit.training.loss import find_head, summed_loss
+from lorafit.training.ways import as_asked
 
 Rows = Sequence[Example]
 Parameters = dict[str, tuple[nn.Parameter, nn.Parameter]]
 Timed = list[tuple[float, float]]
 """Seconds and loss of each step."""
+After = Callable[[int], bool]
+"""Called behind each step with its number, off the clock; where it says True the run ends."""
 
 
-@dataclass
+def go_on(step: int) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
 class Peer:
-    """`factors` are A and B of each layer by its plain name, `run(n)` takes the first n steps and times them."""
+    """`run(n, after)` takes the first n steps and times them; `model` answers as the plain one would, adapter included.
 
+    `factors` are A and B of each layer by its plain name, `config` is what a reader has to know to do the same.
+    """
+
+    model: nn.Module
     factors: Parameters
-    run: Callable[[int], Timed]
+    config: Mapping[str, Any]
+    run: Callable[[int, After], Timed]
 
 
-Build = Callable[[nn.Module, Batches, Factors], Peer]
+Build = Callable[[Task, Factors], Peer]
 
 
 # --- the loop that a tutorial shows ---------------------------------------------------------------
 
 
 def plain_loop(
-    loss: Callable[[Rows], Tensor], factors: Parameters, batches: Batches, *, fused: bool | None = None
+    loss: Callable[[Rows], Tensor],
+    model: nn.Module,
+    factors: Parameters,
+    task: Task,
+    config: Mapping[str, Any],
+    *,
+    fused: bool | None = None,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Peer:
-    """Forward, backward, clip, update."""
-    trained = [p for pair in factors.values() for p in pair]
-    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=fused)
+    """Forward, backward, clip, update; all of them `within` a context."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=task.setup.lr, weight_decay=0.0, fused=fused)
 
     def step(number: int) -> float:
-        value = loss(batches.rows(number))
+        value = loss(task.batches.rows(number))
         value.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        torch.nn.utils.clip_grad_norm_(trained, task.setup.clip)
         optimizer.step()
         optimizer.zero_grad()
         return value.item()
 
-    return Peer(factors, partial(timed, step))
+    said = {"optimizer": f"AdamW(fused={fused})", "checkpointing": False} | dict(config)
+    return Peer(model, factors, _described(task, model, said), partial(_within, within, step, _device(model)))
 
 
-def timed(step: Callable[[int], float], steps: int) -> Timed:
+def _within(
+    context: Callable[[], AbstractContextManager[Any]],
+    step: Callable[[int], float],
+    device: torch.device,
+    steps: int,
+    after: After,
+) -> Timed:
+    with context():
+        return timed(step, device, steps, after)
+
+
+def timed(step: Callable[[int], float], device: torch.device, steps: int, after: After) -> Timed:
     found = []
     for number in range(steps):
         began = time.perf_counter()
         loss = step(number)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         found.append((time.perf_counter() - began, loss))
+        if after(number):
+            break
     return found
 
 
@@ -84,6 +120,10 @@ def _fill(longest: int, left: bool, values: list[int], value: int) -> list[int]:
     return padding + values if left else values + padding
 
 
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 @torch.no_grad()
 def copied(factors: Parameters, start: Factors) -> Parameters:
     """`factors`, set to `start`."""
@@ -94,167 +134,182 @@ def copied(factors: Parameters, start: Factors) -> Parameters:
     return factors
 
 
+def _described(task: Task, model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` below what every peer has."""
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+    setup = task.setup
+    shared = {
+        "adapter": f"{setup.variant}, r {setup.r}, alpha {setup.alpha:g}, all linear layers but the head, no dropout",
+        "adapter dtype": ", ".join(sorted(dtypes)),
+        "learning rate": f"{setup.lr:g}, constant; gradient clipped to {setup.clip:g}; no weight decay",
+    }
+    return shared | dict(config)
+
+
 # --- the tutorial's layer -------------------------------------------------------------------------
 
 
 class TutorialLora(nn.Module):
     """base(x) + s·B(A(x)), written down as it stands in the paper."""
 
-    def __init__(self, base: nn.Linear, scale: float) -> None:
+    def __init__(self, base: nn.Linear, r: int, scale: float) -> None:
         super().__init__()
         self.base, self.scale = base, scale
-        self.A = nn.Linear(base.in_features, R, bias=False, dtype=base.weight.dtype)
-        self.B = nn.Linear(R, base.out_features, bias=False, dtype=base.weight.dtype)
+        like: dict[str, Any] = {"bias": False, "dtype": base.weight.dtype, "device": base.weight.device}
+        self.A = nn.Linear(base.in_features, r, **like)
+        self.B = nn.Linear(r, base.out_features, **like)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x) + self.scale * self.B(self.A(x))
         return y
 
 
-def seed(model: nn.Module, batches: Batches, start: Factors, scale: float = ALPHA / R) -> Peer:
+def seed(task: Task, start: Factors, scale: float | None = None) -> Peer:
     """Rows padded on the left, logits of all positions."""
-    model.requires_grad_(False)
+    model, setup = task.model.requires_grad_(False), task.setup
+    _only_lora(setup)
     factors: Parameters = {}
     for name, layer in targets(model).items():
-        wrapped: Any = TutorialLora(layer, scale)
+        wrapped: Any = TutorialLora(layer, setup.r, setup.scale if scale is None else scale)
         model.set_submodule(name, wrapped)
         factors[name] = (wrapped.A.weight, wrapped.B.weight)
 
     def loss(rows: Rows) -> Tensor:
-        ids, mask, labels = padded(rows, left=True)
+        ids, mask, labels = (tensor.to(_device(model)) for tensor in padded(rows, left=True))
         logits = model(input_ids=ids, attention_mask=mask).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
 
-    return plain_loop(loss, copied(factors, start), batches)
+    config = {"layer": "base(x) + s·B(A(x))", "rows": "padded on the left", "logits": "all positions"}
+    return plain_loop(loss, model, copied(factors, start), task, config)
+
+
+def _only_lora(setup: Setup) -> None:
+    if setup.variant != "lora":
+        raise ValueError(f"this peer has no variant '{setup.variant}'")
 
 
 # --- PEFT -----------------------------------------------------------------------------------------
 
 
-def _peft_config() -> Any:
+def peft_config(setup: Setup) -> Any:
     from peft import LoraConfig as PeftConfig
 
-    return PeftConfig(r=R, lora_alpha=int(ALPHA), target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    return PeftConfig(
+        r=setup.r,
+        lora_alpha=int(setup.alpha),
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        use_dora=setup.variant == "dora",
+        task_type="CAUSAL_LM",
+    )
 
 
-def _peft_factors(wrapped: Any, start: Factors) -> Parameters:
+def peft_factors(wrapped: Any, start: Factors) -> Parameters:
     layers = {name: wrapped.base_model.model.get_submodule(name) for name in start}
     found: Parameters = {name: (m.lora_A["default"].weight, m.lora_B["default"].weight) for name, m in layers.items()}
     return copied(found, start)
 
 
-def peft(model: nn.Module, batches: Batches, start: Factors) -> Peer:
+def peft(task: Task, start: Factors) -> Peer:
     """get_peft_model and a plain loop, everything at its default."""
     from peft import get_peft_model
 
-    wrapped: Any = get_peft_model(model, _peft_config())
+    wrapped: Any = get_peft_model(task.model, peft_config(task.setup))
 
     def loss(rows: Rows) -> Tensor:
-        ids, mask, labels = padded(rows)
+        ids, mask, labels = (tensor.to(_device(wrapped)) for tensor in padded(rows))
         value: Tensor = wrapped(input_ids=ids, attention_mask=mask, labels=labels).loss
         return value
 
-    return plain_loop(loss, _peft_factors(wrapped, start), batches)
+    config = {"layer": "get_peft_model, defaults", "rows": "padded on the right", "logits": "all positions"}
+    return plain_loop(loss, wrapped, peft_factors(wrapped, start), task, config)
 
 
-def peft_tuned(model: nn.Module, batches: Batches, start: Factors, *, packed: bool = False) -> Peer:
+def peft_tuned(task: Task, start: Factors, *, packed: bool = False, compiled: bool = False) -> Peer:
     """The base's precision for the adapter, logits of supervised rows only, fused AdamW; rows padded or packed.
 
     Packed, positions that restart are all that transformers is told: it makes a mask from them.
     """
     from peft import get_peft_model
 
-    wrapped: Any = get_peft_model(model, _peft_config(), autocast_adapter_dtype=False)
+    wrapped: Any = get_peft_model(task.model, peft_config(task.setup), autocast_adapter_dtype=False)
+    if compiled:
+        for block in find_blocks(wrapped):
+            block.compile(dynamic=True)
 
     def loss(rows: Rows) -> Tensor:
-        batch = collate(rows, packed=packed)
-        keep = torch.zeros(batch.input_ids.numel(), dtype=torch.bool)
+        batch = collate(rows, packed=packed).to(_device(wrapped))
+        keep = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
         keep[batch.predict] = True
-        how = batch.inputs() if packed else {"input_ids": batch.input_ids, "attention_mask": padded(rows)[1]}
+        mask = padded(rows)[1].to(_device(wrapped))
+        how = batch.inputs() if packed else {"input_ids": batch.input_ids, "attention_mask": mask}
         logits = wrapped(**how, logits_to_keep=keep.view_as(batch.input_ids), use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, -2).float(), batch.targets)
 
-    return plain_loop(loss, _peft_factors(wrapped, start), batches, fused=True)
+    config = {
+        "layer": "get_peft_model(autocast_adapter_dtype=False)",
+        "rows": "packed, position_ids that restart" if packed else "padded on the right",
+        "logits": "of supervised positions (boolean logits_to_keep)",
+    } | ({"compiled": "every block, dynamic=True"} if compiled else {})
+    return plain_loop(loss, wrapped, peft_factors(wrapped, start), task, config, fused=True)
 
 
 # --- TRL ------------------------------------------------------------------------------------------
 
 
-def trl(model: nn.Module, batches: Batches, start: Factors, **changes: Any) -> Peer:
+def trl(task: Task, start: Factors, **changes: Any) -> Peer:
     """SFTTrainer.train(), everything at its default but what all peers share (and bf16 where it is emulated)."""
-    from benchmarks.speed.trl_peer import make_trainer, run
+    from benchmarks.speed.trl_peer import make_trainer, run, settings_of
 
-    trainer = make_trainer(model, batches, _peft_config(), **changes)
-    return Peer(_peft_factors(trainer.model, start), partial(run, trainer))
+    trainer = make_trainer(task, peft_config(task.setup), **changes)
+    config = _described(task, trainer.model, settings_of(trainer))
+    return Peer(trainer.model, peft_factors(trainer.model, start), config, partial(run, trainer))
 
 
 trl_tuned = partial(trl, gradient_checkpointing=False, padding_free=True, optim="adamw_torch_fused")
 
 
-# --- lorafit, and the way there -------------------------------------------------------------------
+# --- lorafit --------------------------------------------------------------------------------------
 
 
-def lorafit(model: nn.Module, batches: Batches, start: Factors) -> Peer:
-    """As `lorafit.train` runs it."""
-    factors = _lorafit_factors(model, start)
-    run = begin(model, batches, TrainConfig(lr=LR, schedule="constant", warmup=0, max_grad_norm=CLIP))
+def lorafit(task: Task, start: Factors, **asked: Any) -> Peer:
+    """As `lorafit.train` runs it; `asked` are settings beside the defaults."""
+    model, setup = task.model, task.setup
+    factors = lorafit_factors(task, start)
+    how = {"lr": setup.lr, "schedule": "constant", "warmup": 0, "max_grad_norm": setup.clip}
+    run = begin(model, task.batches, TrainConfig(**how, **asked), refuse)  # type: ignore[arg-type]
 
     def step(number: int) -> float:
-        run.pending = take_step(run)
+        run.pending = take_step(run, on_note=refuse)
         value: float = run.complete()["loss"]
         return value
 
-    return Peer(factors, partial(timed, step))
+    config = {
+        "layer": "add_lora, defaults",
+        "rows": "packed" if run.passes.packed else "padded on the right",
+        "logits": "of supervised positions",
+        "optimizer": "AdamW(fused=True)",
+        "checkpointing": False,
+    } | asked
+    within = partial(as_asked, run, refuse)
+    return Peer(model, factors, _described(task, model, config), partial(_within, within, step, _device(model)))
 
 
-def _lorafit_factors(model: nn.Module, start: Factors) -> Parameters:
-    add_lora(model, LoraConfig(r=R, alpha=ALPHA))
-    layers: list[tuple[str, Any]] = list(wrappers(model))
+def refuse(note: str) -> None:
+    """Whatever `train` would do in another way than asked must not be timed under the name of what was asked."""
+    raise RuntimeError(note)
+
+
+def lorafit_factors(task: Task, start: Factors) -> Parameters:
+    add_lora(task.model, LoraConfig(r=task.setup.r, alpha=task.setup.alpha, variant=task.setup.variant))
+    layers: list[tuple[str, Any]] = list(wrappers(task.model))
     return copied({name: (layer.lora_A.weight, layer.lora_B.weight) for name, layer in layers}, start)
 
 
-def ladder(rung: int, model: nn.Module, batches: Batches, start: Factors) -> Peer:
-    """From the tutorial's layer to lorafit: each rung has what the one below has, and one thing more."""
-    if rung == 0:
-        return seed(model, batches, start)
-    if rung == 4:
-        return lorafit(model, batches, start)
-    factors = _lorafit_factors(model, start)
-    for _, layer in wrappers(model):
-        layer._plain = lambda x: False  # type: ignore[method-assign]  # autograd's backward, not ours
-    head = find_head(model)
-    assert head is not None
-
-    def loss(rows: Rows) -> Tensor:
-        batch = collate(rows, packed=True)
-        with row_attention(model, batch):
-            if rung == 3:
-                return summed_loss(model, batch, head) / batch.targets.numel()
-            if rung == 2:
-                hidden = head.decoder(**batch.inputs(), use_cache=False).last_hidden_state
-                return F.cross_entropy(head.logits(hidden.flatten(0, 1)[batch.predict]).float(), batch.targets)
-            return _loss_of_all(model, batch)
-
-    return plain_loop(loss, factors, batches, fused=True)
-
-
-def _loss_of_all(model: nn.Module, batch: Batch) -> Tensor:
-    labels = torch.full((batch.input_ids.numel(),), IGNORE)
-    labels[batch.predict] = batch.targets
-    logits = model(**batch.inputs(), use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORE)
-
-
-RUNGS = (
-    "the tutorial's layer, padded rows",
-    "+ packed rows",
-    "+ head on supervised rows only",
-    "+ head's gradient made in the forward pass",
-    "+ low-rank backward by hand (lorafit)",
-)
-LADDER: dict[str, Build] = {f"ladder-{rung}": partial(ladder, rung) for rung in range(len(RUNGS))}
 PEERS: dict[str, Build] = {
     "lorafit": lorafit,
+    "lorafit-compile": partial(lorafit, compile=True),
+    "lorafit-checkpointing": partial(lorafit, checkpointing=True),
     "seed": seed,
     "peft": peft,
     "peft-tuned": peft_tuned,
@@ -262,4 +317,5 @@ PEERS: dict[str, Build] = {
     "trl": trl,
     "trl-tuned": trl_tuned,
 }
-BUILDERS: dict[str, Build] = PEERS | LADDER
+EXTRA: dict[str, Build] = {"peft-compiled": partial(peft_tuned, compiled=True)}
+"""Only where they are asked for: on two CPU cores, compiling takes longer than the run."""

@@ -2,60 +2,112 @@
 
 import argparse
 import gc
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.speed.ladder import BUILDERS, counter
 from benchmarks.speed.measure import forget_peak, load_average, machine, matrix_peak, memory, useful_flops
-from benchmarks.speed.peers import BUILDERS
-from benchmarks.speed.workloads import WORKLOADS, initial, make_model, real, rows_of, supervised
-from lorafit import Batches
+from benchmarks.speed.peers import Build
+from benchmarks.speed.tasks import Goal, Task, held_out_loss, make_task
+from benchmarks.speed.workloads import WORKLOADS, initial, real, supervised
 from lorafit.files import write_json
 from lorafit.model.load import resolve_dtype
+
+SETTINGS = ("steps", "warmup", "layers", "quick")
+LONGEST_WAY = 96
+"""Steps after which a peer that has not reached its goal is stopped."""
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """What the parent and a run have in common."""
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a run")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before those")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before those")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, short rows: whether it works")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
 
 
 def precision(name: str) -> torch.dtype:
     return resolve_dtype(name, torch.device("cpu"))
 
 
-def run(workload: str, peer: str, steps: int, warmup: int, layers: int, dtype: torch.dtype) -> dict[str, Any]:
-    """All that one peer did in one run."""
-    work = WORKLOADS[workload]
-    before, load = matrix_peak(dtype), load_average()
-    model = make_model(layers, dtype)
-    rows = rows_of(work, work.batch * (warmup + steps), model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    batches = Batches(rows, work.batch, shuffle=False)
-    of_steps = [batches.rows(number) for number in range(warmup, warmup + steps)]
-    flops = [useful_flops(model, part, supervised(part)) for part in of_steps]
+def measured(task: Task, build: Build, steps: int, warmup: int) -> dict[str, Any]:
+    """What a peer did with `task`: `steps` steps behind `warmup` others, or as many as it takes to reach the goal.
+
+    Memory in bytes: `loaded` what the process held with the model and nothing else, `peak` the most that it held from
+    then on, `above` the difference. Where the kernel keeps an older peak (`peak_reset` false) both may be too large.
+    """
+    dtype, load = next(task.model.parameters()).dtype, load_average()
+    device = next(task.model.parameters()).device
+    before = matrix_peak(dtype, device)
+    total = warmup + steps if task.goal is None else LONGEST_WAY
+    rows = [task.batches.rows(number) for number in range(total)]
+    useful = [useful_flops(task.model, part, supervised(part), task.setup) for part in rows]
     gc.collect()
-    forget_peak()
+    reset = forget_peak()
     loaded = memory("VmRSS")
-    timed = BUILDERS[peer](model, batches, initial(model)).run(warmup + steps)[warmup:]
+    watch = _Watch(task.goal)
+    began = time.perf_counter()
+    peer = build(task, initial(task.model, task.setup))
+    watch.model = peer.model
+    timed = peer.run(total, watch.after)
+    wall = time.perf_counter() - began
     peak = memory("VmHWM")
+    counted = slice(warmup, len(timed))
     return {
-        "workload": workload,
-        "peer": peer,
-        "dtype": str(dtype).removeprefix("torch."),
-        "settings": {"steps": steps, "warmup": warmup, "layers": layers},
-        "machine": machine(),
-        "load_average": load,
-        "matrix_peak": max(before, matrix_peak(dtype)),
-        "seconds": [seconds for seconds, _ in timed],
+        "seconds": [seconds for seconds, _ in timed[counted]],
         "losses": [loss for _, loss in timed],
-        "real": [real(part) for part in of_steps],
-        "supervised": [supervised(part) for part in of_steps],
-        "useful_flops": flops,
-        "memory": None if peak is None or loaded is None else peak - loaded,
-    }
+        "real": [real(part) for part in rows[counted]],
+        "supervised": [supervised(part) for part in rows[counted]],
+        "useful_flops": useful[counted],
+        "matrix_peak": {"before": before, "after": matrix_peak(dtype, device)},
+        "memory": {
+            "loaded": loaded,
+            "peak": peak,
+            "above": None if peak is None or loaded is None else peak - loaded,
+            "peak_reset": reset,
+        },
+        "beside_steps": wall - sum(seconds for seconds, _ in timed) - watch.seconds,
+        "load_average": load,
+        "config": dict(peer.config),
+        "notes": task.notes,
+    } | watch.reached([seconds for seconds, _ in timed])
+
+
+class _Watch:
+    """Looks at the held-out rows now and then, and ends the run where the goal is reached."""
+
+    def __init__(self, goal: Goal | None) -> None:
+        self.goal, self.model, self.seconds = goal, torch.nn.Module(), 0.0
+        self.seen: list[tuple[int, float]] = []
+
+    def after(self, step: int) -> bool:
+        if self.goal is None:
+            return False
+        began = time.perf_counter()
+        done = False
+        if (step + 1) % self.goal.every == 0:
+            loss = held_out_loss(self.model, self.goal.held_out)
+            self.seen.append((step + 1, loss))
+            done = loss <= self.goal.target
+        self.seconds += time.perf_counter() - began
+        return done
+
+    def reached(self, seconds: list[float]) -> dict[str, Any]:
+        if self.goal is None:
+            return {}
+        last = self.seen[-1] if self.seen else (0, float("inf"))
+        there = last[1] <= self.goal.target
+        return {
+            "held_out": self.seen,
+            "target": self.goal.target,
+            "seconds_to_target": sum(seconds[: last[0]]) if there else None,
+        }
 
 
 def main() -> None:
@@ -66,9 +118,18 @@ def main() -> None:
     parser.add_argument("--round", type=int, default=0)
     add_settings(parser)
     asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
     dtype = precision(asked.dtype)
-    record = run(asked.workload, asked.peer, asked.steps, asked.warmup, asked.layers, dtype)
-    write_json(asked.out, record | {"round": asked.round})
+    task = make_task(asked.workload, asked.warmup + asked.steps, asked.layers, dtype, asked.quick)
+    count = counter(task.model, task.setup, asked.peer)
+    record = measured(task, BUILDERS[asked.peer], asked.steps, asked.warmup)
+    if count is not None:
+        parts = [task.batches.rows(asked.warmup + step) for step in range(len(record["seconds"]))]
+        record["predicted_flops"] = [count(part) for part in parts]
+    head = {key: getattr(asked, key) for key in ("workload", "peer", "round")}
+    settings = {key: getattr(asked, key) for key in SETTINGS}
+    about = {"dtype": str(dtype).removeprefix("torch."), "settings": settings, "machine": machine(asked.threads)}
+    write_json(asked.out, head | about | record)
 
 
 if __name__ == "__main__":

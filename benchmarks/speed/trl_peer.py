@@ -2,14 +2,13 @@
 
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
-from benchmarks.speed.workloads import CLIP, LR
-from lorafit import Batches
+from benchmarks.speed.tasks import Task
 from lorafit.model.load import resolve_dtype
 
 CPU = torch.device("cpu")
@@ -18,19 +17,22 @@ CPU = torch.device("cpu")
 class Clock(TrainerCallback):  # type: ignore[misc]
     """Seconds between a step's begin and end: in TRL's favour, the making of its batch is left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, after: Callable[[int], bool]) -> None:
         self.seconds: list[float] = []
         self.began = 0.0
+        self.after = after
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.began = time.perf_counter()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self.seconds.append(time.perf_counter() - self.began)
+        control.should_training_stop |= self.after(len(self.seconds) - 1)
+        return control
 
 
-def make_trainer(model: nn.Module, batches: Batches, peft_config: Any, **changes: Any) -> Any:
-    """A trainer that will take the rows of `batches` in their order; no row is cut."""
+def make_trainer(task: Task, peft_config: Any, **changes: Any) -> Any:
+    """A trainer that will take the task's rows in their order; no row is cut."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -44,24 +46,25 @@ def make_trainer(model: nn.Module, batches: Batches, peft_config: Any, **changes
 
     settings: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="lorafit-speed-"),
-        "per_device_train_batch_size": batches.batch_size,
+        "per_device_train_batch_size": task.batches.batch_size,
         "train_sampling_strategy": "sequential",
-        "learning_rate": LR,
+        "learning_rate": task.setup.lr,
         "lr_scheduler_type": "constant",
-        "max_grad_norm": CLIP,
+        "max_grad_norm": task.setup.clip,
         "weight_decay": 0.0,
         "max_length": None,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
-        "use_cpu": True,
     }
-    if resolve_dtype("auto", CPU) is not torch.bfloat16:
-        settings["bf16"] = False
-    rows = [{"input_ids": row.ids, "labels": row.labels} for row in batches.examples]
+    if next(task.model.parameters()).device == CPU:
+        settings["use_cpu"] = True
+        if resolve_dtype("auto", CPU) is not torch.bfloat16:
+            settings["bf16"] = False
+    rows = [{"input_ids": row.ids, "labels": row.labels} for row in task.batches.examples]
     trainer = Trainer(
-        model=model,
+        model=task.model,
         args=SFTConfig(**(settings | changes)),
         train_dataset=Dataset.from_list(rows),
         processing_class=_tokenizer(),
@@ -72,9 +75,22 @@ def make_trainer(model: nn.Module, batches: Batches, peft_config: Any, **changes
     return trainer
 
 
-def run(trainer: Any, steps: int) -> list[tuple[float, float]]:
+def settings_of(trainer: Any) -> dict[str, Any]:
+    """What decides how fast it is."""
+    args = trainer.args
+    return {
+        "layer": "SFTTrainer(peft_config=…)",
+        "rows": "padding_free" if args.padding_free else "packed" if args.packing else "padded",
+        "loss": f"loss_type {args.loss_type}",
+        "optimizer": getattr(args.optim, "value", args.optim),
+        "checkpointing": args.gradient_checkpointing,
+        "bf16": args.bf16,
+    }
+
+
+def run(trainer: Any, steps: int, after: Callable[[int], bool]) -> list[tuple[float, float]]:
     """Seconds and loss of each of the first `steps` steps."""
-    clock = Clock()
+    clock = Clock(after)
     trainer.add_callback(clock)
     trainer.args.max_steps = steps
     trainer.train()

@@ -6,7 +6,7 @@ what a token says. Only lengths and labels matter, and these follow what instruc
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +15,34 @@ from torch import nn
 
 from lorafit.data.chat import IGNORE, Example
 
-R, ALPHA, LR, CLIP = 16, 32.0, 1e-4, 1.0
-"""The adapter and the optimizer of every peer: all linear layers but the head, constant rate, no weight decay."""
+
+@dataclass(frozen=True)
+class Setup:
+    """The adapter and the optimizer of every peer: all linear layers but the head, constant rate, no weight decay."""
+
+    r: int = 16
+    alpha: float = 32.0
+    lr: float = 1e-4
+    clip: float = 1.0
+    variant: str = "lora"
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.r
+
 
 Lengths = Callable[[random.Random], tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Rows per step, and how long a prompt and an answer are."""
+    """Rows per step, and how long a prompt and an answer are: a cost. Without `lengths` real text: a way to a loss."""
 
     name: str
     batch: int
-    lengths: Lengths
+    lengths: Lengths | None
     about: str
+    setup: Setup = Setup()
 
 
 def _short(draw: random.Random) -> tuple[int, int]:
@@ -57,12 +71,14 @@ WORKLOADS = {
         Workload("W2", 8, _lognormal, "8 rows, log-normal lengths, medians 60 + 60, at most 448"),
         Workload("W3", 4, _full, "4 rows of 256 tokens, all of them supervised"),
         Workload("W4", 2, _retrieval, "2 rows, prompts of 600 to 1000 tokens, answers of 10 to 80"),
+        Workload("W5", 8, None, "SmolLM2-135M-Instruct on real rows, 8 a step, to a validation loss", Setup(lr=5e-4)),
     )
 }
 
 
 def rows_of(work: Workload, count: int, vocab: int, shrink: int = 1) -> list[Example]:
     """The first `count` rows; more of them begin with the same. `shrink` divides lengths, for checks on tiny models."""
+    assert work.lengths is not None
     draw = random.Random(f"lorafit speed {work.name}")
     rows = []
     for number in range(count):
@@ -72,12 +88,12 @@ def rows_of(work: Workload, count: int, vocab: int, shrink: int = 1) -> list[Exa
     return rows
 
 
-def supervised(rows: list[Example]) -> int:
+def supervised(rows: Sequence[Example]) -> int:
     """Tokens that carry loss: nothing predicts a row's first token."""
     return sum(label != IGNORE for row in rows for label in row.labels[1:])
 
 
-def real(rows: list[Example]) -> int:
+def real(rows: Sequence[Example]) -> int:
     """Tokens that are no padding."""
     return sum(len(row.ids) for row in rows)
 
@@ -117,11 +133,11 @@ def targets(model: nn.Module) -> dict[str, nn.Linear]:
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def initial(model: nn.Module, b_std: float = 0.0) -> Factors:
+def initial(model: nn.Module, setup: Setup, b_std: float = 0.0) -> Factors:
     """The A and B that every peer starts from. With B = 0 A has no gradient: comparing gradients needs `b_std`."""
     generator = torch.Generator().manual_seed(1)
     found: Factors = {}
     for name, layer in targets(model).items():
-        A = (torch.rand(R, layer.in_features, generator=generator) * 2 - 1) / math.sqrt(layer.in_features)
-        found[name] = (A, torch.randn(layer.out_features, R, generator=generator) * b_std)
+        A = (torch.rand(setup.r, layer.in_features, generator=generator) * 2 - 1) / math.sqrt(layer.in_features)
+        found[name] = (A, torch.randn(layer.out_features, setup.r, generator=generator) * b_std)
     return found

@@ -104,7 +104,7 @@ def test_memory_is_that_of_a_tensor(tiny: Tiny, shaken: Tiny, tmp_path: Path) ->
     )
     grown = (kib("VmHWM") - before) * 1024
     assert total > 80e6
-    assert grown < 30e6  # the largest tensor has 4 MB
+    assert grown < total / 2  # a few tensors of 4 MB, and what is loaded when it is first used
 
 
 def test_nothing_is_written_where_a_sum_is_none(made: Tiny, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lorafit import LoraConfig, add_lora, load_lora, save_lora
+from lorafit.adapter import patterns as file_patterns
 from lorafit.adapter import peft_config
 from lorafit.adapter.peft_config import CONFIG, DEFAULTS, HISTORY, NEEDED, READ, UNSUPPORTED, read_config
 from lorafit.errors import AdapterError, UsageError
@@ -218,7 +219,7 @@ def first_in_python(keys: list[str], name: str, frame: str) -> int | None:
 @pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")
 def test_a_pattern_means_what_it_means_in_peft_or_is_refused(frame: str, keys: list[str]) -> None:
     try:
-        found = peft_config._first_matches("rank_pattern", keys, NAMES, frame)
+        found = file_patterns.first_matches("rank_pattern", keys, NAMES, frame)
     except UsageError:
         return
     try:
@@ -270,7 +271,7 @@ def test_many_patterns_for_many_layers_are_refused_when_they_cost_too_much(adapt
 
 
 def test_running_out_of_time_is_a_refusal(adapter: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft_config, "MATCHING_SECONDS", -1.0)
+    monkeypatch.setattr(file_patterns, "MATCHING_SECONDS", -1.0)
     rewrite(adapter, alpha_pattern={"q_proj": 4})
     with pytest.raises(AdapterError, match="alpha_pattern='q_proj' is too costly to match"):
         load_lora(tiny("llama"), adapter)
@@ -280,10 +281,10 @@ def test_running_out_of_memory_is_never_taken_for_no_match(monkeypatch: pytest.M
     """A set of RE2 answers 'none' when its memory does not suffice."""
     names, refused = ["b" * 10, "a" * 40 + "x"], set()
     for memory in (2**10, 2**12, 2**14, 2**16):
-        monkeypatch.setattr(peft_config, "MATCHING_MEMORY", memory)
+        monkeypatch.setattr(file_patterns, "MATCHING_MEMORY", memory)
         outcomes = []
         with suppress(UsageError):
-            outcomes.append(peft_config._first_matches("rank_pattern", ["(a|.){40}x", ".*b.{9}"], names))
+            outcomes.append(file_patterns.first_matches("rank_pattern", ["(a|.){40}x", ".*b.{9}"], names))
         assert outcomes in ([], [{"b" * 10: 1, "a" * 40 + "x": 0}])
         refused.add(not outcomes)
     assert refused == {True, False}

@@ -674,6 +674,8 @@ def test_new_tokens_from_train_to_merge(
     assert merged.get_input_embeddings().weight.shape[0] == size + 2  # type: ignore[operator]
     assert main(f"train {more} --data {rows} --out {tmp_path / 'no'} --new-tokens <x>".split()) == 2
     assert "an adapter brings its own settings" in capsys.readouterr().err
+    assert main(f"inspect {model} --train-tokens 9999".split()) == 2
+    assert f"model.embed_tokens has {size} rows, and no 9999: add_tokens first" in capsys.readouterr().err
 
 
 def test_a_base_in_8_bits_from_train_to_merge(

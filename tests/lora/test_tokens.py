@@ -85,6 +85,7 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(
     embedding, tied = KINDS[kind]
     assert dict(plan.tokens) == dict.fromkeys([embedding] if tied else [embedding, "lm_head"], IDS)
     assert f"  {embedding}   3 rows trained" in str(plan)
+    assert model.get_submodule(embedding).rows.dtype == torch.float32
     assert torch.equal(logits(model, tokens), raw)
     shaken(model)
     assert not torch.equal(logits(model, tokens), raw)

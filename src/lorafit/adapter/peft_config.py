@@ -8,10 +8,8 @@ each, and what is in the weights file has to agree with it.
 
 import hashlib
 import json
-import math
 import re
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorafit.adapter.patterns import BeyondRE2, first_matches
 from lorafit.adapter.untrusted import explained, open_file, parse, plain, shown
 from lorafit.config import LoraConfig, Names
 from lorafit.errors import AdapterError, UsageError, nearest
@@ -35,8 +34,6 @@ LONGEST_FILE = 2**20
 MOST_NAMES, LONGEST_NAME, LONGEST_PATTERN = 20_000, 1000, 100_000
 LARGEST_NUMBER = 10**9
 LARGEST_ALPHA = 65_504  # the scale has to be finite in fp16
-MATCHING_SECONDS = 2.0  # of the processor, for one field
-MATCHING_MEMORY = 8 * 2**20  # where 2000 layers with a pattern each take one second
 
 
 # --- the schema -----------------------------------------------------------------------------------
@@ -265,43 +262,6 @@ def _keys(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     return {t.name: f"{t.name}.weight" if t.name in mistaken else t.name for t in plan.targets}
 
 
-def widened(plan: Plan, names: Collection[str]) -> Plan:
-    """`plan` with twice the rank in the layers `names`, and the alpha that leaves their scale as it is.
-
-    PEFT has no words for a layer that learns the difference to its start (A0, B0), but for a pair of twice the rank.
-    """
-    factor = 2**0.5 if plan.config.rslora else 2
-    return _resized(plan, names, lambda r: 2 * r, lambda alpha: factor * alpha)
-
-
-def narrowed(plan: Plan, names: Collection[str]) -> Plan:
-    """The plan that `widened` made this of."""
-
-    def alpha_before(wide: float) -> float:
-        if not plan.config.rslora:
-            return wide / 2
-        near = wide / 2**0.5  # the root is not exact: of the numbers that give `wide` again, the simplest
-        found = [a for a in (near, math.nextafter(near, 0), math.nextafter(near, math.inf)) if 2**0.5 * a == wide]
-        return min(found or [near], key=lambda a: len(repr(a)))
-
-    return _resized(plan, names, lambda r: r // 2, alpha_before)
-
-
-def _resized(
-    plan: Plan, names: Collection[str], rank: Callable[[int], int], alpha: Callable[[float], float]
-) -> Plan:
-    """`plan` with other ranks and alphas in the layers `names`."""
-    targets = tuple(replace(t, r=rank(t.r), alpha=alpha(t.alpha)) if t.name in names else t for t in plan.targets)
-    config = replace(plan.config, r=rank(plan.config.r), alpha=alpha(plan.config.alpha))
-    config = replace(
-        config,
-        rank_pattern={t.name: t.r for t in targets if t.r != config.r},
-        alpha_pattern={t.name: t.alpha for t in targets if t.alpha != config.alpha},
-    )
-    more = sum((new.r - old.r) * sum(new.shape) for new, old in zip(targets, plan.targets, strict=True))
-    return replace(plan, config=config, targets=targets, trainable=plan.trainable + more, total=plan.total + more)
-
-
 def meaning(plan: Plan) -> str:
     """sha256 of all that a configuration decides: the layers with their ranks and alphas, and the formula.
 
@@ -423,7 +383,7 @@ def _targets(
     if isinstance(value, str) and value.lower() == "all-linear":
         return value
     if value is not None:
-        with suppress(_BeyondRE2):
+        with suppress(BeyondRE2):
             found = _named("target_modules", value, modules)
             if value and not found:
                 raise UsageError(f"target_modules={shown(value)} names no layer of it")
@@ -441,7 +401,7 @@ def _parameter_names(modules: Mapping[str, nn.Module]) -> list[str]:
 def _named(field: str, value: str | list[str], modules: Iterable[str]) -> list[str]:
     """The modules that a pattern or a list in a file names. PEFT takes any text as a pattern, 'q_proj' included."""
     if isinstance(value, str):
-        return list(_first_matches(field, [value], modules))
+        return list(first_matches(field, [value], modules))
     entries = set(value)
     return [name for name in modules if not entries.isdisjoint(tails(name))]
 
@@ -489,77 +449,5 @@ def _spelled_out(field: str, pattern: Mapping[str, Any], names: Mapping[str, str
     if not pattern:
         return {}
     values = list(pattern.values())
-    first = _first_matches(field, list(pattern), names.values(), r"(.*\.)?(KEY)$")
+    first = first_matches(field, list(pattern), names.values(), r"(.*\.)?(KEY)$")
     return {name: values[first[said]] if said in first else default for name, said in names.items()}
-
-
-# --- patterns from a file -------------------------------------------------------------------------
-
-# Look-around, back-references and the like, for which Python's matcher may take forever.
-BEYOND_RE2 = ("invalid perl operator", "invalid escape", "invalid named", "invalid repetition", "bad repetition")
-# What RE2 and Python read differently, so that it is never taken for something else: a{,3} [[:alpha:]] \12 \w of ä
-READ_DIFFERENTLY = re.compile(r"\{,|\[:|\\[1-9]|[^\x00-\x7f]")
-
-
-class _BeyondRE2(UsageError):
-    """A pattern that may well be one, but not for RE2."""
-
-
-def _first_matches(field: str, patterns: Sequence[str], names: Iterable[str], frame: str = "KEY") -> dict[str, int]:
-    """For each name that one of `patterns` matches, the number of the first that does.
-
-    A plain pattern has to match all of a name; one in a `frame`, which takes the place of KEY there, from its start.
-    """
-    too_costly = UsageError(f"{field}={shown(patterns[0])} is too costly to match: list the layers by name")
-    rules = _automaton(field, patterns, frame)
-    if rules is None:
-        raise too_costly
-    end, found = time.thread_time() + MATCHING_SECONDS, {}
-    for name in names:
-        first = min(rules.Match(name) or [-1])
-        if first < 0 or time.thread_time() > end:
-            raise too_costly
-        if first < len(patterns):
-            found[name] = first
-    return found
-
-
-def _automaton(field: str, patterns: Sequence[str], frame: str) -> Any:
-    """All patterns in one, and behind them one that matches everything: should it not, the memory has run out.
-
-    None if it has run out already.
-    """
-    import re2
-
-    options = re2.Options()
-    options.log_errors, options.never_capture, options.max_mem = False, True, MATCHING_MEMORY
-    rules = re2.Set.FullMatchSet(options) if frame == "KEY" else re2.Set.MatchSet(options)
-    for pattern in patterns:
-        said = f"{field}={shown(pattern)}"
-        framed = frame.replace("KEY", pattern)
-        if READ_DIFFERENTLY.search(pattern):
-            raise _BeyondRE2(f"{said} means one thing to RE2 and another to Python: list the layers by name")
-        try:
-            rules.Add(framed)
-        except re2.error:
-            reason = _reason(framed, options)
-            if reason.startswith(BEYOND_RE2):
-                raise _BeyondRE2(f"{said} might be matched forever ({reason}): list the layers by name") from None
-            raise UsageError(f"{said} is no regular expression ({reason})") from None
-    try:
-        rules.Add(".*")
-        rules.Compile()
-        return rules
-    except re2.error:
-        return None
-
-
-def _reason(pattern: str, options: Any) -> str:
-    """What RE2 has against `pattern`; a set of patterns does not say."""
-    import re2
-
-    try:
-        re2.compile(pattern, options)
-    except re2.error as error:
-        return plain(error.args[0].decode(errors="replace"), 80)
-    return "too large"

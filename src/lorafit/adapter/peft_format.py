@@ -13,8 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager
 from os.path import isfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.adapter.fingerprint import base_fingerprint, other_base
+from lorafit.adapter.kept import begun, widened
 from lorafit.adapter.peft_config import (
     CONFIG,
-    MADE_ANEW,
     describe,
     in_pefts_words,
     meaning,
-    narrowed,
     plan_for,
     read_config,
-    widened,
 )
 from lorafit.adapter.untrusted import explained, parse, shown
 from lorafit.adapter.weights_file import NAME, Entry, WeightsFile, open_weights
@@ -41,9 +38,9 @@ from lorafit.files import MANIFEST, damaged, new_folder, read_manifest, write_js
 from lorafit.hub import adapter_folder
 from lorafit.lora import inject
 from lorafit.lora.identity import adapter_digest, merged_digests
-from lorafit.lora.inits import BLANK, BLANK_KEPT, Init, factor_dtype, find_init
+from lorafit.lora.inits import factor_dtype
 from lorafit.lora.inject import Plan
-from lorafit.lora.layers import LoraLinear, scale_of
+from lorafit.lora.layers import LoraLinear
 from lorafit.lora.tokens import KEY, ROWS, enlarge
 from lorafit.lora.weights import read_weight
 
@@ -128,7 +125,7 @@ def load_lora(model: nn.Module, path: str | Path, *, trainable: bool = True, for
     or is not what was saved.
     """
     folder = adapter_folder(path)
-    plan, tensors, start = _begun(model, read_for(model, folder, force_base), folder)
+    plan, tensors, start = begun(model, *read_for(model, folder, force_base), folder)
     inject.remove_lora(model)
     if plan.tokens and enlarge(model, 1 + max(plan.config.train_tokens)):  # rows that only the adapter knows
         plan = inject.find_targets(model, plan.config, strict=False)
@@ -170,52 +167,6 @@ def read_for(model: nn.Module, folder: Path, force_base: bool) -> InFile:
     if merged and adapter_digest(tensors) in merged:
         raise AdapterError(f"{folder}: already merged into this model: load it on the model it was trained on")
     return InFile(plan, tensors, raw, note)
-
-
-def _begun(model: nn.Module, found: InFile, folder: Path) -> tuple[Plan, dict[str, Tensor], Init]:
-    """Plan and tensors of a file for training to go on, and how the layers have to begin for it."""
-    plan, tensors, raw, note = found
-    if "init" in note:
-        return _narrowed(model, plan, note["init"], folder), tensors, BLANK_KEPT
-    if raw["init_lora_weights"] in MADE_ANEW:
-        plan = replace(plan, config=replace(plan.config, init=raw["init_lora_weights"]))
-        return plan, _with_starts(model, plan, tensors), BLANK_KEPT
-    return plan, tensors, BLANK
-
-
-def _with_starts(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The pairs of twice the rank that are, on an untouched base, what PEFT's pairs A, B are on one less s·B0·A0.
-
-    A0 and B0 are made anew from the base, as PEFT makes them when it loads such a file. Their signs are anybody's guess
-    and do not matter for B0·A0; they are taken so that A − A0 is what was learned.
-    """
-    init = find_init(plan.config.init)
-    pairs: dict[str, Tensor] = {}
-    for target in plan.targets:
-        layer = inject.plain_modules(model)[target.name]
-        if isinstance(layer, nn.Embedding):
-            continue
-        s = scale_of(target.r, target.alpha, plan.config.rslora)
-        with torch.no_grad():
-            A0, B0 = init(read_weight(layer).float(), target.r, s)
-        names = f"{target.name}.lora_A.weight", f"{target.name}.lora_B.weight"
-        A, B = (tensors[name].to(A0) for name in names)
-        signs = torch.where((A * A0).sum(dim=1) < 0, -1.0, 1.0)
-        A0, B0 = signs[:, None] * A0, B0 * signs
-        pairs |= dict(zip(names, (torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)), strict=True))
-    return tensors | pairs
-
-
-def _narrowed(model: nn.Module, plan: Plan, init: Any, folder: Path) -> Plan:
-    """The plan whose layers have a kept start and are, in the file, the pairs of twice the rank that `plan` names."""
-    modules = inject.plain_modules(model)
-    kept = [t.name for t in plan.targets if t.parameter is None and not isinstance(modules[t.layer], nn.Embedding)]
-    if odd := [t.name for t in plan.targets if t.name in kept and t.r % 2] or ([CONFIG] if plan.config.r % 2 else []):
-        raise AdapterError(f"{folder}: its note says that a start is kept, but an odd rank has none: {listing(odd)}")
-    plan = narrowed(plan, kept)
-    with suppress(UsageError):  # where it is not registered, its name is lost and nothing else
-        plan = replace(plan, config=replace(plan.config, init=find_init(str(init)).name))
-    return plan
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def fine_tune(
     asked = with_tokens(lora, tokens, tokenizer)
     examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
     net, _ = load_model(**base(model))
-    enlarge(net, 1 + max(asked.train_tokens, default=-1))
+    enlarge(net, len(tokenizer) if tokens.new_tokens else 0)
     batches = rows.make_batches(examples, data, seed=training.seed)
     torch.manual_seed(training.seed)  # the start of A
     if model.adapter:
@@ -290,8 +290,8 @@ def inspect(
     if tokens.new_tokens or data.data:
         tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
         lora = with_tokens(lora, tokens, tokenizer)
-    most = 1 + max(lora.train_tokens, default=-1)
-    enlarge(skeleton, most)
+    rows_needed = len(tokenizer) if tokens.new_tokens else 0
+    enlarge(skeleton, rows_needed)
     batches = None
     if data.data:
         examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
@@ -299,7 +299,7 @@ def inspect(
     init = find_init(lora.init)
     if not model.adapter and (init.start == "kept" or init.statistic):  # what it does is in the weights
         net, _ = load_model(**base(model))
-        enlarge(net, most)
+        enlarge(net, rows_needed)
         lora, made = starts.looked_at(net, lora, batches, console.print)
         for line in starts.described(net, lora, made) if init.start == "kept" else ():
             console.print(line)

@@ -126,7 +126,7 @@ def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
     layers = {
         name: module
         for name, module in modules.items()
-        if _is_layer(module) and name not in trained and not name.startswith(inside)
+        if is_readable(module) and read_weight(module).ndim == 2 and not f"{name}.".startswith(inside)
     }
     held = {name: shape for name, shape in held_weights(modules).items() if not name.startswith(inside)}
     chosen = _select(model, layers, held, config, strict)
@@ -163,10 +163,6 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
         else:
             modules[name] = module
     return modules
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return is_readable(module) and read_weight(module).ndim == 2
 
 
 def _select(
@@ -208,10 +204,10 @@ def _narrowed(
         chosen = {n: count for n, count in chosen.items() if not any(matches(exclude, name) for name in known[n])}
     if config.layers is not None:
         numbers = {name: block_number(name) for name in chosen}
-        known_numbers = sorted({number for number in numbers.values() if number is not None})
-        missing = sorted(set(config.layers) - set(known_numbers))
+        blocks = sorted({number for number in numbers.values() if number is not None})
+        missing = sorted(set(config.layers) - set(blocks))
         if missing and strict:
-            span = f"{known_numbers[0]} to {known_numbers[-1]}" if known_numbers else "none"
+            span = f"{blocks[0]} to {blocks[-1]}" if blocks else "none"
             raise UsageError(f"layers: no block {listing(map(str, missing))} to adapt; the model's blocks are {span}")
         chosen = {name: count for name, count in chosen.items() if numbers[name] in config.layers}
     return chosen
@@ -445,8 +441,8 @@ def absorb(model: nn.Module, digest: str | None, on_note: Callable[[str], object
         thawed += [name] if type(plain) is not type(layer.base_layer) else []
         model.set_submodule(name, plain)
     if thawed:
-        thawed.reverse()
-        on_note(f"merged into what their storage held, not into the original weights, and dense now: {listing(thawed)}")
+        said = listing(thawed[::-1])
+        on_note(f"merged into what their storage held, not into the original weights, and dense now: {said}")
     if untied:
         _declare_untied(model)
     note_merged(model, digest)
