@@ -13,13 +13,18 @@ from lorafit.errors import AdapterError, listing
 ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """What a name with an owner looks like; `run/adapter` does, too, so a folder here goes before it."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+"""What may lie beside a model, or beside an adapter that learned tokens."""
 
 
 def adapter_folder(name: str | Path) -> Path:
     """Where the adapter `name` is: a folder here, or `owner/name`, `owner/name@revision` fetched from the hub.
 
-    A branch, tag or commit is a revision. Only the two files of PEFT's format are fetched. AdapterError in one line
-    if the hub does not give them.
+    A branch, tag or commit is a revision. Only the two files of PEFT's format are fetched, and a tokenizer's.
+    AdapterError in one line if the hub does not give them.
     """
     path, (repo, _, revision) = Path(name).expanduser(), str(name).partition("@")
     if isinstance(name, Path) or path.exists() or not ON_HUB.fullmatch(repo):
@@ -27,7 +32,8 @@ def adapter_folder(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(ADAPTER_FILES)))
+        wanted = [*ADAPTER_FILES, *TOKENIZER_FILES]
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
     except Exception as error:
         said = reason(error, "adapter") or f"it cannot be fetched: {' '.join(str(error).split())[:240]}"
         raise AdapterError(f"{name}: {said}") from error

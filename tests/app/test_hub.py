@@ -151,6 +151,16 @@ def test_what_was_fetched_once_is_there_without_the_hub(
         load_lora(tiny("llama"), "own/other")
 
 
+@pytest.mark.usefixtures("in_process")
+def test_a_tokenizer_beside_an_adapter_comes_along(hub: Hub, trained: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
+    (adapter / "manifest.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (adapter / name).write_text("{}")
+    assert push(str(adapter), "own/er") == 0
+    assert {path.name for path in adapter_folder("own/er").iterdir()} == {path.name for path in adapter.iterdir()}
+
+
 def test_verbs_take_an_adapter_from_the_hub(
     hub: Hub, trained: Path, tmp_path: Path, tiny: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +181,7 @@ def test_a_merged_model_goes_there_and_comes_back_the_same(
     assert push("--to", "own/merged", str(tmp_path / "merged"), "--run", str(trained), "--license", "mit") == 0
     files = hub.repos["own/merged"].revisions["main"]
     assert "notes.txt" not in files
+    assert str(tmp_path).encode() not in b"".join(files.values())
     card = files["README.md"].decode()
     assert yaml.safe_load(card.split("---")[1])["license"] == "mit"
     assert "vllm serve own/merged\n" in card
@@ -432,13 +443,20 @@ def test_the_card_says_what_the_run_was(trained: Path) -> None:
         ({"r": 8}, "--max-lora-rank 8 "),
         ({"r": 9}, "--max-lora-rank 16 "),
         ({"r": 4, "rank_pattern": {"q_proj": 257}}, "--max-lora-rank 320 "),
-        ({"r": 513}, "vLLM does not load ranks above 512"),
-        ({"r": 8, "use_dora": True}, "vLLM does not load DoRA"),
-        ({"r": 8, "modules_to_save": ["lm_head"]}, "vLLM does not load modules trained in full"),
+        ({"r": 513}, "vLLM does not load it as it is"),
     ],
 )
 def test_vllm_is_told_the_rank_it_needs(config: dict[str, Any], said: str) -> None:
-    assert said in vllm(config, "base/model", "own/er")
+    assert said in vllm(Subject("base/model", config), "own/er")
+
+
+@pytest.mark.parametrize("changes", [{"variant": "dora"}, {"train_modules": ("norm",)}])
+def test_the_card_says_what_vllm_refuses(changes: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
+    model = tiny("llama")
+    add_lora(model, LoraConfig(r=4, **changes))
+    card = app_hub.pack(save_lora(model, tmp_path / "adapter"), "own/er").texts["README.md"]
+    assert "vLLM does not load it as it is (" in card
+    assert "--max-lora-rank" not in card
 
 
 def test_names_without_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

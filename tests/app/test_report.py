@@ -113,7 +113,7 @@ def test_the_page_says_what_the_run_was(run: Path) -> None:
         "<h1>tiny on rows.jsonl</h1>",
         "1,234 (1.2 %)",
         "2.000 → 1.101",
-        "held-out loss after step 450</td><td>1.2500 (perplexity 3.490), the best",
+        "held-out loss after step 450</td><td>1.2500 (perplexity 3.49), the best",
         "Of 899 steps, neighbours are drawn as one point. 1 steps were not taken",
         "40 to train on, 4 held out",
         "at most r = 8",

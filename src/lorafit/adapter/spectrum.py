@@ -1,18 +1,15 @@
-"""How much an adapter changes each layer, and in how many directions: from its file and the norms of the base."""
+"""How much an adapter changes each layer, and in how many directions."""
 
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lorafit.adapter.peft_format import PREFIX, WEIGHTS
-from lorafit.adapter.weights_file import open_weights
+from lorafit.lora.experts import LoraParameter
+from lorafit.lora.inits import factor_dtype
 from lorafit.lora.inject import wrappers
 from lorafit.lora.layers import LoraLinear
-from lorafit.lora.weights import read_weight
-
-NAMES = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
 
 @dataclass(frozen=True)
@@ -26,29 +23,39 @@ class Update:
     effective_rank: float
 
 
-def updates(model: nn.Module, folder: Path) -> list[Update]:
-    """One `Update` for each layer that `model` adapts with what was saved in `folder`.
+@torch.no_grad()
+def updates(model: nn.Module) -> list[Update]:
+    """One `Update` for each layer or stack of experts that `model` adapts.
 
-    Norms are Frobenius. For DoRA it is the low-rank part alone, without the magnitudes.
+    Norms are Frobenius; the effective rank of a stack is the mean over its experts. For DoRA both are those of the
+    low-rank part alone, without the magnitudes.
     """
     found = []
-    with open_weights(folder / WEIGHTS) as file, torch.no_grad():
-        for name, layer in wrappers(model):
-            if not isinstance(layer, LoraLinear):
-                continue
-            keys = [[f"{PREFIX}{name}.{key}" for key in pair] for pair in NAMES]
-            A, B = (file.read(file.entries[key]) for key in next(k for k in keys if k[0] in file.entries))
-            values = layer.scale * singular_values(A, B)
+    for name, layer in wrappers(model):
+        if isinstance(layer, LoraLinear):
+            A, B = layer.update
+            values = layer.scale * singular_values(A, B).reshape(-1, A.shape[-2])
             norm = values.norm().item()
-            base = torch.linalg.vector_norm(read_weight(layer.base_layer), dtype=torch.float32).item()
-            found.append(Update(name, A.shape[0], norm, norm / base if base else 0.0, effective_rank(values)))
+            W = layer.base_weight()
+            base = torch.linalg.vector_norm(W, dtype=factor_dtype(W)).item()
+            rank = math.fsum(map(effective_rank, values)) / len(values)
+            found.append(Update(_called(name, layer), A.shape[-2], norm, norm / base if base else 0.0, rank))
     return found
 
 
+def _called(name: str, layer: LoraLinear) -> str:
+    """The name of the layer, or of the parameter that is adapted, however many wrappers are around it."""
+    return f"{name.replace('.base_layer', '')}.{layer.parameter}" if isinstance(layer, LoraParameter) else name
+
+
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
-    """Those of B·A, (r,) in float64, from A (r, in) and B (out, r): with B = Q·R and Aᵀ = Q'·R' they are R·R'ᵀ's."""
-    values: Tensor = torch.linalg.svdvals(torch.linalg.qr(B.double())[1] @ torch.linalg.qr(A.double().T)[1].T)
-    return values
+    """Those of B·A, (…, r) in float64, from A (…, r, in) and B (…, out, r), with zeros where out or in is below r.
+
+    With B = Q·R and Aᵀ = Q'·R' they are those of R·R'ᵀ, which is no larger than (r, r).
+    """
+    small = torch.linalg.qr(B.double())[1] @ torch.linalg.qr(A.double().mT)[1].mT
+    values: Tensor = torch.linalg.svdvals(small)
+    return nn.functional.pad(values, (0, A.shape[-2] - values.shape[-1]))
 
 
 def effective_rank(values: Tensor) -> float:

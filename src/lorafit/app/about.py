@@ -39,7 +39,6 @@ def about(
     model: nn.Module,
     tokenizer: Any,
     plan: Plan,
-    adapter: Path,
     rows: Sequence[Example],
     held_out: Sequence[Example],
     *,
@@ -47,8 +46,8 @@ def about(
     count: int,
     tokens: int,
 ) -> dict[str, Any]:
-    """All of it, as JSON. `adapter` is the folder where it was saved; `count` rows, held out if there are any, are
-    answered with at most `tokens` tokens. That the model cannot answer them does not end the run."""
+    """All of it, as JSON. `count` rows, held out if there are any, are answered with at most `tokens` tokens; that the
+    model cannot answer them does not end the run."""
     facts: dict[str, Any] = {
         "lorafit": __version__,
         "local": [name for name, value in settings.items() if isinstance(value, str) and _is_path(value)],
@@ -56,7 +55,7 @@ def about(
         "model": {"class": type(model).__name__, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")},
         "plan": {"text": str(plan), "trainable": plan.trainable, "total": plan.total},
         "data": statistics(rows, held_out),
-        "layers": [asdict(update) for update in updates(model, adapter)],
+        "layers": [asdict(update) for update in updates(model)],
     }
     try:
         facts["samples"] = [asdict(s) for s in samples(model, tokenizer, held_out or rows, count, tokens)]

@@ -1,18 +1,15 @@
 """The model card of an adapter or a merged model, made from its run."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorafit import __version__
+from lorafit.adapter.check import lora_rank_flag
 from lorafit.app.runs import PICTURE, PastRun
 from lorafit.hub import ON_HUB
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` may be: vllm/config/lora.py, `MaxLoRARanks`, in vLLM 0.26."""
-
 
 FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".gguf", ".jinja")
 """Endings of files: what is called so is none of the hub's names, though it may look like one."""
@@ -20,10 +17,12 @@ FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz", ".txt"
 
 @dataclass(frozen=True)
 class Subject:
-    """What the card is about: the base model's name, and the adapter's configuration (None: a merged model)."""
+    """What the card is about: the base model's name, the adapter's configuration (None: a merged model), and what
+    vLLM would refuse in it."""
 
     base: str
     config: Mapping[str, Any] | None
+    refused: Sequence[str] = ()
 
 
 def public_name(name: str, local: bool = False) -> str:
@@ -113,7 +112,7 @@ def evaluation(run: PastRun) -> dict[str, str]:
     steps = sorted({min(run.evaluations), best, max(run.evaluations)})
     return {
         f"held-out loss after step {step + 1}": (
-            f"{run.evaluations[step]:.4f} (perplexity {math.exp(run.evaluations[step]):.3f})"
+            f"{run.evaluations[step]:.4f} (perplexity {math.exp(min(run.evaluations[step], 700)):.4g})"
             + (", the best" if step == best else "")
         )
         for step in steps
@@ -193,23 +192,19 @@ model = AutoModelForCausalLM.from_pretrained("{base}")
 model.load_adapter("{repo}")
 ```
 
-{vllm(subject.config, base, repo)}"""
+{vllm(subject, repo)}"""
 
 
-def vllm(config: Mapping[str, Any], base: str, repo: str) -> str:
+def vllm(subject: Subject, repo: str) -> str:
     """The command with the `--max-lora-rank` it needs, or why vLLM refuses the adapter."""
-    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    reasons = {
-        "DoRA": config.get("use_dora"),
-        "modules trained in full": config.get("modules_to_save"),
-        f"ranks above {VLLM_RANKS[-1]}": rank > VLLM_RANKS[-1],
-    }
-    if refused := [name for name, is_so in reasons.items() if is_so]:
-        return f"vLLM does not load {' or '.join(refused)}: merge the adapter (`lorafit merge`) and serve the model."
-    limit = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
-    name = repo.partition("/")[2]
+    config = subject.config or {}
+    flag = lora_rank_flag(max([config["r"], *(config.get("rank_pattern") or {}).values()]))
+    if subject.refused or flag is None:
+        why = "; ".join(subject.refused)
+        return f"vLLM does not load it as it is ({why}): merge it (`lorafit merge`) and serve the model."
+    base, name = subject.base or "BASE_MODEL", repo.partition("/")[2]
     return f"""With vLLM:
 
 ```sh
-vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {name}={repo}
+vllm serve {base} --enable-lora --max-lora-rank {flag} --lora-modules {name}={repo}
 ```"""

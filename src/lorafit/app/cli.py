@@ -165,23 +165,30 @@ def fine_tune(
     evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
     settings = as_dict(model, lora, tokens, data, training, follow, OutConfig(out=str(folder)))
     done = runs.start(folder, settings, resume=resume)
-    place: dict[str, Any] = {"resume" if resume else "checkpoints": folder / runs.CHECKPOINTS}
+    wiring: dict[str, Any] = {"resume" if resume else "checkpoints": folder / runs.CHECKPOINTS}
     steps = loop.count_steps(training, batches)
     with (
         following(follow.track, folder, settings, done, console.print) as tell,
         signals.noted(),
         runs.progress(console, steps, folder / runs.LOG, done, tell) as show,
     ):
-        heard: dict[str, Any] = {"on_step": show, "on_note": console.print, "stop": signals.reason}
-        result = loop.train(net, batches, training, evaluation=evaluation, **place, **heard)
+        wiring |= {"on_step": show, "on_note": console.print, "stop": signals.reason}
+        result = loop.train(net, batches, training, evaluation=evaluation, **wiring)
     beside = tokenizer if plan.tokens else None
-    adapter = save_lora(net, folder / runs.ADAPTER, base_model=model.model, tokenizer=beside)
-    runs.draw_losses(result.history, folder / runs.PICTURE, title=f"{model.model} on {data.data}")
+    save_lora(net, folder / runs.ADAPTER, base_model=model.model, tokenizer=beside)
     kept: dict[str, Any] = {"settings": settings, "count": follow.samples, "tokens": follow.sample_tokens}
-    write_json(folder / runs.ABOUT, about(net, tokenizer, plan, adapter, examples, held_out, **kept))
-    console.print(runs.epochs_table(result.epoch_losses, result.evaluations, batches.steps_per_epoch))
-    console.print(f"adapter {adapter}, log {folder / runs.LOG}, picture {folder / runs.PICTURE}")
-    console.print(f"talk to it: lorafit chat --model {model.model} --adapter {adapter}")
+    write_json(folder / runs.ABOUT, about(net, tokenizer, plan, examples, held_out, **kept))
+    tell_result(console, model.model, data.data, folder, result, batches.steps_per_epoch)
+
+
+def tell_result(console: Any, model: str, data: str, folder: Path, result: Any, steps_per_epoch: int) -> None:
+    """The end of `train`: the curve as a picture, the epochs as a table, and what can be done with it now."""
+    from lorafit.app import runs
+
+    runs.draw_losses(result.history, folder / runs.PICTURE, title=f"{model} on {data}")
+    console.print(runs.epochs_table(result.epoch_losses, result.evaluations, steps_per_epoch))
+    console.print(f"adapter {folder / runs.ADAPTER}, log {folder / runs.LOG}, picture {folder / runs.PICTURE}")
+    console.print(f"talk to it: lorafit chat --model {model} --adapter {folder / runs.ADAPTER}")
     console.print(f"show it: lorafit report {folder}")
 
 

@@ -18,22 +18,14 @@ from lorafit.app.card import Subject, make_card, public_name, run_name
 from lorafit.app.runs import ADAPTER, PICTURE, PastRun, read_run
 from lorafit.errors import AdapterError, HubBusy, HubError, UsageError, listing
 from lorafit.files import MANIFEST, damaged
-from lorafit.hub import ADAPTER_FILES, ON_HUB
+from lorafit.hub import ADAPTER_FILES, ON_HUB, TOKENIZER_FILES
 
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
+    *TOKENIZER_FILES,
 )
 AGAIN = "the same command goes on where it stopped"
 # What the hub may answer, by HTTP status or by our own word for it. A status of 500 or more is one.
@@ -114,7 +106,7 @@ def pack(
     allowed: Sequence[str] = MODEL_FILES
     if (folder / ADAPTER_FILES[0]).is_file():
         subject = _adapter(folder, base_model, local)
-        allowed = ADAPTER_FILES[1:]
+        allowed = (*ADAPTER_FILES[1:], *TOKENIZER_FILES)
         texts[ADAPTER_FILES[0]] = json.dumps(subject.config, indent=2, sort_keys=True) + "\n"
     elif (folder / "config.json").is_file():
         subject = Subject(base_model or (run_name(past, "model") if past else ""), None)
@@ -141,12 +133,14 @@ def _run_around(folder: Path) -> PastRun | None:
 
 def _adapter(folder: Path, base_model: str | None, local: bool) -> Subject:
     """What an adapter is; its configuration names the base as the hub knows it."""
+    from lorafit.adapter.check import check_adapter
     from lorafit.adapter.peft_config import read_config
 
     read_config(folder)  # refuses what is none
+    refused = [finding.what for finding in check_adapter(folder, "vllm") if finding.verdict == "rejects"]
     config = json.loads((folder / ADAPTER_FILES[0]).read_bytes())
     base = base_model or public_name(config.get("base_model_name_or_path") or "", local)
-    return Subject(base=base, config={**config, "base_model_name_or_path": base or None})
+    return Subject(base=base, config={**config, "base_model_name_or_path": base or None}, refused=refused)
 
 
 # --- the process that sends it -----------------------------------------------------------------------

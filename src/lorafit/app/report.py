@@ -154,24 +154,25 @@ def layers(run: PastRun) -> str:
     found = run.about.get("layers")
     if not found:
         return missing("the run kept no figures of its layers (made by an older lorafit, or not finished)")
-    share = heat(found, "share", lambda value: f"{100 * value:.2g}")
-    rank = heat(found, "effective_rank", lambda value: f"{value:.1f}")
+    size = "‖ΔW‖ / ‖W‖ in per cent, by kind of layer and block"
+    rank = f"Effective rank of ΔW (Roy and Vetterli 2007), at most r = {max(layer['r'] for layer in found)}"
     return (
-        figure(share, "‖ΔW‖ / ‖W‖ in per cent, by kind of layer and block.")
-        + figure(rank, f"Effective rank of ΔW (Roy and Vetterli 2007), of at most r = {max(l['r'] for l in found)}.")
+        heat(found, "share", size, lambda value: f"{100 * value:.2g}")
+        + heat(found, "effective_rank", rank, "{:.1f}".format)
         + ('<p class="faint">The low-rank part alone, without DoRA\'s magnitudes.</p>' if _is_dora(run) else "")
     )
 
 
-def heat(found: Sequence[Mapping[str, Any]], key: str, form: Callable[[float], str]) -> str:
-    """The values by kind of layer and block; layers of one kind in one block (experts) as their mean."""
+def heat(found: Sequence[Mapping[str, Any]], key: str, caption: str, form: Callable[[float], str]) -> str:
+    """A figure of values by kind of layer and block; layers of one kind in one block (experts) as their mean."""
     cells: dict[tuple[str, str], list[float]] = {}
     for layer in found:
         cells.setdefault(place(layer["layer"]), []).append(float(layer[key]))
     kinds = list(dict.fromkeys(kind for kind, _ in cells))[:MOST_ROWS]
     blocks = sorted({block for _, block in cells}, key=lambda block: (len(block), block) if block != "–" else (99, ""))
     means = {at: sum(values) / len(values) for at, values in cells.items() if at[0] in kinds}
-    return charts.heat(means, kinds, blocks, form, key.replace("_", " "))
+    picture = charts.heat(means, kinds, blocks, form, caption)
+    return figure(picture, f"{caption}: from {form(min(means.values()))} to {form(max(means.values()))}.")
 
 
 def place(layer: str) -> tuple[str, str]:

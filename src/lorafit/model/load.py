@@ -77,8 +77,9 @@ def load_tokenizer(
 ) -> Any:
     """The tokenizer alone, which reads no weights; the one beside `adapter` if that learned tokens."""
     where, options = _source(name, revision, trust_remote_code)
-    if adapter is not None and _brings_tokens(Path(adapter)):
-        where, options = str(adapter), {}
+    found = None if adapter is None else adapter_folder(adapter)
+    if found is not None and _brings_tokens(found):
+        where, options = str(found), {}
     with _explained(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(where, **options)
 
