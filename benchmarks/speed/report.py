@@ -1,6 +1,5 @@
 """From the runs of one machine and precision: tables, a picture, and the numbers behind both."""
 
-import json
 import random
 import statistics
 import textwrap
@@ -11,7 +10,7 @@ from typing import Any
 
 from benchmarks.speed.ladder import LADDER, RUNGS
 from benchmarks.speed.peers import EXTRA, PEERS
-from benchmarks.speed.runs import Record, alike
+from benchmarks.speed.runs import Record, read_all
 from benchmarks.speed.workloads import WORKLOADS
 from lorafit.files import write_json, write_text
 
@@ -38,8 +37,7 @@ ROUGH = 2e-2
 
 def read_records(folder: Path, like: Record) -> list[Record]:
     """The runs in `folder` that may stand in one table: those of which all that `like` says is true."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("W*.json"))]
-    return [record for record in records if alike(record, like)]
+    return read_all(folder.glob("W*.json"), like)
 
 
 # --- numbers --------------------------------------------------------------------------------------

@@ -42,6 +42,11 @@ def read(path: Path) -> Record | None:
     return found
 
 
+def read_all(paths: Iterable[Path], like: Record) -> list[Record]:
+    """The records in `paths` of which all that `like` says is true."""
+    return [found for path in sorted(paths) if (found := read(path)) is not None and alike(found, like)]
+
+
 def alike(record: Record, like: Record) -> bool:
     return all(record.get(key) == value for key, value in like.items())
 
