@@ -235,12 +235,30 @@ def test_the_ladder_stands_beside_its_prediction() -> None:
     )
 
 
+def test_peers_take_turns_and_nothing_is_skipped_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.speed import __main__ as speed
+
+    plan = [*speed._plan(["W1", "W3"], ["lorafit", "trl"], ["ladder-0"], 2)]
+    assert [peer for name, peer, _ in plan if name == "W1"] == [
+        *("lorafit", "trl", "ladder-0"),
+        *("ladder-0", "trl", "lorafit"),
+    ]
+    assert [peer for name, peer, _ in plan if name == "W3"] == ["lorafit", "trl", "trl", "lorafit"]
+    monkeypatch.setattr("sys.argv", ["speed", "--only", "W3", "--ladder"])
+    with pytest.raises(SystemExit):
+        speed._arguments()
+    monkeypatch.setattr("sys.argv", ["speed", "--only", "W1", "--ladder", "0,7"])
+    assert speed._arguments().ladder == ["ladder-0", "ladder-7"]
+
+
 def test_a_report_of_one_machine(tmp_path: Path) -> None:
     here = record("peft", 0, [1.0, 2.0], 1)
     report.write_json(tmp_path / "W1-a.json", here)
     report.write_json(tmp_path / "W1-b.json", here | {"machine": {"cpu": "another"}})
+    report.write_json(tmp_path / "W1-c.json", here | {"settings": {**here["settings"], "layers": 2}})
     report.write_json(tmp_path / "gate.json", {"refused": {}})
-    found = report.read_records(tmp_path, {key: here[key] for key in ("machine", "dtype", "settings")})
+    settings = {"settings": {**here["settings"], "steps": None}}  # runs of more and fewer steps stand together
+    found = report.read_records(tmp_path, {key: here[key] for key in ("machine", "dtype")} | settings)
     assert found == [here]
     (line,) = report.summarise(found)
     assert line["times_lorafit"] is None  # without lorafit's run there is nothing to compare with

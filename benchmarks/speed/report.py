@@ -242,7 +242,7 @@ def _footnote(records: Sequence[Record]) -> str:
     moved = max(abs(run["matrix_peak"]["after"] / run["matrix_peak"]["before"] - 1) for run in good)
     said = [
         f"Shape of Qwen1.5-0.5B ({settings['layers']} layers, random weights), {one['dtype']}; medians of "
-        f"{len({run['round'] for run in good})} × {settings['steps']} steps behind {settings['warmup']} others. "
+        f"{_steps_told(good)}, {settings['warmup']} before them not counted. "
         f"{machine['cpu']}, {machine['capability']}, {machine['threads']} threads, fastest matrix product "
         f"{statistics.median(peaks) / 1e9:.0f} GFLOP/s (it moved by {100 * moved:.0f} % at most within a run), torch "
         f"{machine['versions']['torch']}. Memory is the peak above the loaded model, and in all. In "
@@ -254,6 +254,11 @@ def _footnote(records: Sequence[Record]) -> str:
         said.append("The runs of lorafit are of more than one state of its code.")
     said += sorted({note for run in good for note in run["notes"]})
     return " ".join(said)
+
+
+def _steps_told(runs: Sequence[Record]) -> str:
+    counts = sorted(line["steps"] for line in summarise(runs))
+    return f"{counts[0]} steps" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]} steps"
 
 
 def page(records: Sequence[Record], refused: Mapping[str, str]) -> str:
