@@ -1,4 +1,4 @@
-"""The same comparison on one CUDA GPU: `python -m benchmarks.gpu` (about 10 minutes). Without one: a line, and no error.
+"""The same comparison on one CUDA GPU: `python -m benchmarks.gpu` (about 10 minutes). Without one: a line, no error.
 
 W1's rows on Qwen1.5-0.5B's shape in bf16, 16,384 tokens a step and 4 rows a step; every peer is a process of its own,
 and one that is there already is not made again. lorafit uses Liger's kernels where `liger-kernel` is installed;
@@ -24,7 +24,7 @@ from benchmarks.speed.ladder import BUILDERS
 from benchmarks.speed.measure import machine, matrix_peak, useful_flops
 from benchmarks.speed.peers import Build, Peer, go_on, peft
 from benchmarks.speed.report import TITLES, grid, interval, ratio, spread, told
-from benchmarks.speed.runs import ROOT, Record, alike, code, read, run_once
+from benchmarks.speed.runs import Record, code, read_all, run_once
 from benchmarks.speed.tasks import Task
 from benchmarks.speed.workloads import WORKLOADS, Factors, Setup, initial, make_model, real, rows_of, supervised
 from lorafit import Batches
@@ -82,10 +82,12 @@ def main() -> None:
         flags = {"size": size, "peer": peer, "steps": asked.steps, "warmup": asked.warmup}
         mine = {"code": code(["src/lorafit"])} if peer.startswith("lorafit") else {}
         with console.status(label):
-            found, there = run_once("benchmarks.gpu", flags, folder / f"{size}-{peer}-{number}.json", what | like | mine)
-        said = found.get("failed") or f"{1e3 * statistics.median(found['seconds']):.1f} ms{', was there' if there else ''}"
+            out = folder / f"{size}-{peer}-{number}.json"
+            found, there = run_once("benchmarks.gpu", flags, out, what | like | mine)
+        milliseconds = [1e3 * seconds for seconds in found.get("seconds", ())]
+        said = found.get("failed") or f"{statistics.median(milliseconds):.1f} ms{', was there' if there else ''}"
         console.print(f"{label}: {said}", markup=False)
-    records = [found for path in sorted(folder.glob("*.json")) if (found := read(path)) and alike(found, like)]
+    records = read_all(folder.glob("*.json"), like)
     lines = summarise(records)
     write_json(RESULTS / "gpu.json", like | {"refused": refused, "lines": lines})
     text = page(lines, records, refused)
@@ -157,7 +159,7 @@ def summarise(records: Sequence[Record]) -> list[Record]:
     for (size, peer), mine in sorted(runs.items(), key=lambda item: (item[0][0], list(COMPARED).index(item[0][1]))):
         ours = runs.get((size, "lorafit"), [])
         base = runs.get((size, "peft"), [])
-        above = statistics.median(run["memory"]["above"] for run in mine)
+        above = _above(mine)
         pairs = [(run, number) for run in mine for number in range(len(run["seconds"]))]
         lines.append(
             {
@@ -171,7 +173,7 @@ def summarise(records: Sequence[Record]) -> list[Record]:
                 ),
                 "memory_mb": above / 2**20,
                 "memory_total_mb": statistics.median(run["memory"]["peak"] for run in mine) / 2**20,
-                "memory_over_peft": above / statistics.median(run["memory"]["above"] for run in base) if base else None,
+                "memory_over_peft": above / _above(base) if base else None,
                 "loss": mine[0]["losses"][0],
                 "config": mine[0]["config"],
             }
@@ -179,9 +181,13 @@ def summarise(records: Sequence[Record]) -> list[Record]:
     return lines
 
 
+def _above(runs: Sequence[Record]) -> float:
+    return float(statistics.median(run["memory"]["above"] for run in runs))
+
+
 def page(lines: Sequence[Record], records: Sequence[Record], refused: dict[str, str]) -> str:
     """Markdown: a table per size, what is missing, how each peer was set up."""
-    head = ["", "ms per step", "times lorafit's", "real tok/s", "useful MFU", "memory, MiB", "over PEFT's", "in all, MiB"]
+    speed, memory = ("ms per step", "times lorafit's", "real tok/s", "useful MFU"), ("MiB", "over PEFT's", "MiB in all")
     parts = ["# Speed on a GPU", "Made by `python -m benchmarks.gpu`: W1's rows, Qwen1.5-0.5B's shape, bf16."]
     for size, title in TOLD.items():
         rows = []
@@ -201,12 +207,13 @@ def page(lines: Sequence[Record], records: Sequence[Record], refused: dict[str, 
                 ]
             )
         if rows:
-            parts += [f"## {title[0].upper()}{title[1:]}", grid(head, rows)]
+            parts += [f"## {title[0].upper()}{title[1:]}", grid(["", *speed, *memory], rows)]
     out = [f"{NAMES[peer]}: {why}" for peer, why in refused.items() if why]
     out += [f"{NAMES[run['peer']]}, {TOLD[run['size']]}: {run['failed']}" for run in records if "failed" in run]
     if out:
         parts.append(f"Not in these tables: {'; '.join(out)}.")
-    parts += [f"- **{NAMES[peer]}**: {told(config)}" for peer, config in {x["peer"]: x["config"] for x in lines}.items()]
+    configs = {line["peer"]: line["config"] for line in lines}
+    parts.append("\n".join(f"- **{NAMES[peer]}**: {told(config)}" for peer, config in configs.items()))
     if records:
         machine = records[0]["machine"]
         peak = statistics.median(max(run["matrix_peak"].values()) for run in records if "failed" not in run)

@@ -27,7 +27,7 @@ from benchmarks.speed.measure import machine
 from benchmarks.speed.peers import PEERS
 from benchmarks.speed.report import TITLES, grid, insert
 from benchmarks.speed.run import measured, precision
-from benchmarks.speed.runs import ROOT, Record, alike, code, read, run_once
+from benchmarks.speed.runs import ROOT, Record, alike, code, read_all, run_once
 from benchmarks.speed.tasks import Task
 from benchmarks.speed.workloads import Setup, make_model
 from lorafit import Batches
@@ -86,8 +86,7 @@ def main() -> None:
             found, there = run_once("benchmarks.growth", flags, folder / _name(point, peer), what | like | mine)
         said = found.get("failed") or f"{statistics.median(found['seconds']):.3f} s{', was there' if there else ''}"
         console.print(f"{label}: {said}", markup=False)
-    points = [found for path in sorted(folder.glob("*.json")) if (found := read(path)) and alike(found, like)]
-    report(points, results, PAGE if not asked.quick else None)
+    report(read_all(folder.glob("*.json"), like), results, PAGE if not asked.quick else None)
 
 
 def _arguments() -> argparse.Namespace:
@@ -202,16 +201,20 @@ def table(lines: Sequence[Record], one: Record) -> str:
             row = [f"{value:g}", f"{statistics.median(least):.3g}" if least else "–"]
             for peer in peers:
                 line = cells.get((value, peer), {"failed": "–"})
-                row += [line["failed"], "–"] if "failed" in line else [f"{line['seconds']:.3g}", _mib(line["memory_mb"])]
+                if "failed" in line:
+                    row += [line["failed"], "–"]
+                else:
+                    row += [f"{line['seconds']:.3g}", _mib(line["memory_mb"])]
             rows.append(row)
         if rows:
             parts.append(grid(head, rows))
     machine = one["machine"]
     note = (
-        f"Unless it is the axis: {MIDDLE.rows} rows of {MIDDLE.length} tokens, {MIDDLE.share:.0%} of them with loss, rank "
-        f"{MIDDLE.rank}, {MIDDLE.layers} layers of Qwen1.5-0.5B's shape with {VOCABULARY:,} words; {one['dtype']}, medians "
-        f"of {one['steps']} steps. {machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}. "
-        "The second column is lorafit's operations at the fastest matrix product of the same process."
+        f"Unless it is the axis: {MIDDLE.rows} rows of {MIDDLE.length} tokens, {MIDDLE.share:.0%} of them with loss, "
+        f"rank {MIDDLE.rank}, {MIDDLE.layers} layers of Qwen1.5-0.5B's shape with {VOCABULARY:,} words; "
+        f"{one['dtype']}, medians of {one['steps']} steps. {machine['cpu']}, {machine['threads']} threads, torch "
+        f"{machine['versions']['torch']}. The second column is lorafit's operations at the speed of the fastest "
+        "matrix product in the same process."
     )
     return "\n\n".join([*parts, note])
 

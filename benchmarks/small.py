@@ -29,7 +29,7 @@ from benchmarks.speed.measure import machine
 from benchmarks.speed.peers import PEERS, go_on, peft_config
 from benchmarks.speed.report import grid, insert
 from benchmarks.speed.run import precision
-from benchmarks.speed.runs import ROOT, Record, alike, code, read, run_once
+from benchmarks.speed.runs import ROOT, Record, code, read_all, run_once
 from benchmarks.speed.tasks import Task
 from benchmarks.speed.workloads import Setup, initial, make_model
 from lorafit import Batches, LoraConfig, add_lora, generate, load_lora, load_model, merge_lora, save_lora, stream
@@ -55,7 +55,7 @@ class How:
 
 
 def in_turns(works: Sequence[Work], repeats: int) -> list[float]:
-    """Median seconds of each of `works`, done one after the other `repeats` times behind a first time for warming up."""
+    """Median seconds of each of `works`, done one after the other `repeats` times, and once before that."""
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(repeats + 1):
         for mine, work in zip(seconds, works, strict=True):
@@ -71,6 +71,7 @@ def in_turns(works: Sequence[Work], repeats: int) -> list[float]:
 def answers(how: How) -> list[Row]:
     """Tokens per second of greedy answers of one length, no end token."""
     name = str(demo_model(Console(stderr=True)))
+    model: Any
     model, tokenizer = load_model(name, dtype=str(how.dtype).removeprefix("torch."), device="cpu")
     model.generation_config.eos_token_id = None  # an answer ends at its length: both sides make the same number
     new, many = (4, 2) if how.quick else (64, 8)
@@ -133,13 +134,13 @@ def adapters(how: How) -> list[Row]:
         for file in files:
             add_lora(mine, LoraConfig(r=16))
             for _, layer in wrappers(mine):
-                nn.init.normal_(layer.lora_B.weight, std=0.01)  # type: ignore[union-attr, arg-type]
+                nn.init.normal_(layer.lora_B.weight, std=0.01)
             save_lora(mine, file)
             _plain(mine)
         held: list[Any] = []
 
         def theirs() -> None:
-            held.append(PeftModel.from_pretrained(other, str(files[0])))  # type: ignore[arg-type]
+            held.append(PeftModel.from_pretrained(other, str(files[0])))
 
         def peft_other() -> None:
             held[-1].load_adapter(str(files[1]), "two")
@@ -201,7 +202,8 @@ PARTS: dict[str, Callable[[How], list[Row]]] = {
 
 
 def _shape(how: How) -> nn.Module:
-    return make_model(2 if how.quick else MIDDLE.layers, how.dtype, vocab_size=VOCABULARY, **(TINY if how.quick else {}))
+    layers, narrow = (2, TINY) if how.quick else (MIDDLE.layers, {})
+    return make_model(layers, how.dtype, vocab_size=VOCABULARY, **narrow)
 
 
 def _plain(model: nn.Module) -> None:
@@ -249,7 +251,7 @@ def main() -> None:
         with console.status(label):
             found, there = run_once("benchmarks.small", flags, folder / f"{part}.json", {"part": part} | mine)
         console.print(f"{label}: {found.get('failed') or ('was there' if there else 'done')}", markup=False)
-    records = [found for name in PARTS if (found := read(folder / f"{name}.json")) and alike(found, like)]
+    records = read_all((folder / f"{name}.json" for name in PARTS), like)
     if records:
         text = table(records)
         write_json(results / "small.json", like | {"parts": records})
@@ -261,7 +263,7 @@ def main() -> None:
 def table(records: Sequence[Record]) -> str:
     """Markdown; a part that failed is named below."""
     rows = [
-        [row["what"], f"{row['ours']:.3g} {row['unit']}", row["beside"], f"{row['theirs']:.3g} {row['unit']}", _gain(row)]
+        [row["what"], _amount(row, "ours"), row["beside"], _amount(row, "theirs"), _gain(row)]
         for record in records
         for row in record.get("rows", ())
     ]
@@ -269,10 +271,15 @@ def table(records: Sequence[Record]) -> str:
     one = records[0]
     machine = one["machine"]
     note = (
-        f"{one['dtype']}, {machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}. Answers: "
-        f"SmolLM2-135M-Instruct; the rest: {MIDDLE.layers} layers of Qwen1.5-0.5B's shape, {VOCABULARY:,} words."
+        f"{one['dtype']}, {machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}. "
+        "Answers are of SmolLM2-135M-Instruct; the rest is measured on "
+        f"{MIDDLE.layers} layers of Qwen1.5-0.5B's shape with {VOCABULARY:,} words."
     )
     return "\n\n".join([grid(["", "lorafit", "beside", "", "faster by"], rows), *failed, note])
+
+
+def _amount(row: Row, side: str) -> str:
+    return f"{row[side]:.3g} {row['unit']}"
 
 
 def _gain(row: Row) -> str:

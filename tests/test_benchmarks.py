@@ -1,6 +1,6 @@
 """The benchmark measures what it says: rows, useful operations, the gate before it and the report after it."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import gpu, growth, small
 from benchmarks.dora_step import run as dora_run
 from benchmarks.init_cost import cost
 from benchmarks.speed import measure, report
@@ -236,12 +237,30 @@ def test_the_ladder_stands_beside_its_prediction() -> None:
     )
 
 
+def test_peers_take_turns_and_nothing_is_skipped_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.speed import __main__ as speed
+
+    plan = [*speed._plan(["W1", "W3"], ["lorafit", "trl"], ["ladder-0"], 2)]
+    assert [peer for name, peer, _ in plan if name == "W1"] == [
+        *("lorafit", "trl", "ladder-0"),
+        *("ladder-0", "trl", "lorafit"),
+    ]
+    assert [peer for name, peer, _ in plan if name == "W3"] == ["lorafit", "trl", "trl", "lorafit"]
+    monkeypatch.setattr("sys.argv", ["speed", "--only", "W3", "--ladder"])
+    with pytest.raises(SystemExit):
+        speed._arguments()
+    monkeypatch.setattr("sys.argv", ["speed", "--only", "W1", "--ladder", "0,7"])
+    assert speed._arguments().ladder == ["ladder-0", "ladder-7"]
+
+
 def test_a_report_of_one_machine(tmp_path: Path) -> None:
     here = record("peft", 0, [1.0, 2.0], 1)
     report.write_json(tmp_path / "W1-a.json", here)
     report.write_json(tmp_path / "W1-b.json", here | {"machine": {"cpu": "another"}})
+    report.write_json(tmp_path / "W1-c.json", here | {"settings": {**here["settings"], "layers": 2}})
     report.write_json(tmp_path / "gate.json", {"refused": {}})
-    found = report.read_records(tmp_path, {key: here[key] for key in ("machine", "dtype", "settings")})
+    settings = {"settings": {**here["settings"], "steps": None}}  # runs of more and fewer steps stand together
+    found = report.read_records(tmp_path, {key: here[key] for key in ("machine", "dtype")} | settings)
     assert found == [here]
     (line,) = report.summarise(found)
     assert line["times_lorafit"] is None  # without lorafit's run there is nothing to compare with
@@ -269,3 +288,88 @@ def test_the_four_steps_take_turns() -> None:
     assert {len(seconds) for seconds in found["seconds"].values()} == {2}
     assert len(found["seconds"]) == 4
     assert all(ratio > 0 for ratio in found["ratios"].values())
+
+
+def test_a_curve_names_what_failed_and_draws_the_rest(tmp_path: Path) -> None:
+    about = {"dtype": "float32", "steps": 3, "machine": record("peft", 0, [], 0)["machine"]}
+    points = [
+        about
+        | asdict(point)
+        | {"peer": "lorafit", "seconds": [float(rank), 9.0, float(rank)], "memory": {"above": rank * 2**20}}
+        | {"predicted_flops": 500.0 * rank, "matrix_peak": {"before": 1000.0, "after": 900.0}}
+        for rank, point in ((4, replace(growth.MIDDLE, rank=4)), (16, growth.MIDDLE))
+    ]
+    points.append(about | asdict(replace(growth.MIDDLE, rank=4)) | {"peer": "peft", "failed": "killed by SIGKILL"})
+    page = tmp_path / "cost.md"
+    page.write_text("<!-- growth -->\n<!-- /growth -->\nwhy\n")
+    growth.report(points, tmp_path, page)
+    text = page.read_text()
+    assert "| 4 | 2 | 4 | 4 | killed by SIGKILL | – |" in text
+    assert "| 16 | 8 | 16 | 16 | – | – |" in text
+    assert text.endswith("<!-- /growth -->\nwhy\n")
+    assert (tmp_path / "growth.png").stat().st_size > 5000
+
+
+def test_every_axis_is_held_at_the_middle_but_for_itself() -> None:
+    for axis, (_, points) in growth.AXES.items():
+        values = [asdict(point)[axis] for point in points]
+        assert values == sorted(set(values))
+        for point in points:
+            held = {"rows": 1} if axis == "length" else {}
+            assert replace(point, **{axis: getattr(growth.MIDDLE, axis)}) == replace(growth.MIDDLE, **held)
+            rows = growth.make_point_rows(point, 2)
+            assert supervised(rows) == 2 * max(1, round(point.share * point.length)) - 2 * (point.share == 1)
+
+
+def test_a_point_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SIZES", (64,))
+    point = growth.Point(rows=1, length=16, rank=2, layers=1)
+    found = growth.measure_point(point, "lorafit", 1, torch.float32, quick=True)
+    assert len(found["seconds"]) == 1
+    assert found["predicted_flops"] > 0
+
+
+def test_the_small_table_says_how_much_faster_and_what_failed() -> None:
+    about = {"dtype": "float32", "machine": record("peft", 0, [], 0)["machine"]}
+    rows = [
+        {"what": "an answer", "unit": "tok/s", "ours": 30.0, "theirs": 20.0, "beside": "transformers' generate"},
+        {"what": "merge", "unit": "s", "ours": 1.0, "theirs": 2.0, "beside": "PEFT"},
+    ]
+    text = small.table([about | {"part": "answers", "rows": rows}, about | {"part": "dora", "failed": "no PEFT"}])
+    assert "| an answer | 30 tok/s | transformers' generate | 20 tok/s | 1.50 |" in text
+    assert "| merge | 1 s | PEFT | 2 s | 2.00 |" in text
+    assert "Not measured: dora (no PEFT)." in text
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["adapters", "dora", "merge"])
+def test_small_parts_run(part: str) -> None:
+    for row in small.PARTS[part](small.How(torch.float32, quick=True)):
+        assert min(row["ours"], row["theirs"]) > 0
+
+
+def test_without_a_gpu_a_line_is_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    gpu.main()
+    assert capsys.readouterr().out.startswith("There is no CUDA GPU here")
+
+
+def test_the_gpu_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SIZES", (64,))
+    monkeypatch.setattr(gpu, "SIZES", {"rows4": 0, "tokens16k": 700})
+    rows, batch = gpu.steps_of(700, 3, 512)
+    assert len(rows) == 3 * batch
+    assert real(rows) / 3 == pytest.approx(700, rel=0.2)
+    narrow = {"layers": 1, "vocab_size": 512, **growth.TINY}
+    machine = record("peft", 0, [], 0)["machine"] | {"gpu": "a GPU"}
+    about = {"size": "rows4", "round": 0, "machine": machine}
+    peers = ("lorafit", "peft")
+    records = [about | {"peer": peer} | gpu.measure("rows4", peer, 1, 0, device="cpu", **narrow) for peer in peers]
+    for one, above in zip(records, (1, 4), strict=True):
+        one["memory"]["above"] = above * 2**20
+    lines = gpu.summarise(records)
+    assert [line["memory_over_peft"] for line in lines] == [0.25, 1]
+    assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=0.02)  # bf16
+    text = gpu.page(lines, records, {"peft-liger": "liger-kernel is not installed"})
+    assert "Not in these tables: PEFT, plain loop, Liger: liger-kernel is not installed." in text

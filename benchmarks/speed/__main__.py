@@ -17,14 +17,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import transformers
 from rich.console import Console
 
 from benchmarks.speed.gate import Verdict, gate
-from benchmarks.speed.ladder import BUILDERS, LADDER
+from benchmarks.speed.ladder import LADDER
 from benchmarks.speed.measure import machine
-from benchmarks.speed.peers import PEERS
+from benchmarks.speed.peers import EXTRA, PEERS
 from benchmarks.speed.report import TITLES, read_records, told, write
 from benchmarks.speed.run import SETTINGS, add_settings, precision
 from benchmarks.speed.runs import ROOT, Record, code, read, run_once
@@ -44,31 +45,38 @@ def main() -> None:
     runs = results / "speed"
     dtype = str(precision(asked.dtype)).removeprefix("torch.")
     like = {"dtype": dtype, "settings": settings, "machine": machine(asked.threads)}
+    readable = {"dtype": dtype, "machine": like["machine"], "settings": {**settings, "steps": None}}
     refused: dict[str, str] = (read(runs / GATE) or {}).get("refused", {})
     if not asked.table:
-        peers = [*asked.peers, *(LADDER if asked.ladder else ())]
-        refused |= _gated(peers, console)
+        refused |= _gated([*asked.peers, *asked.ladder], console)
         runs.mkdir(parents=True, exist_ok=True)
         write_json(runs / GATE, {"refused": refused})
-        able = [name for name in peers if not refused[name]]
-        plan = list(_plan(asked.only, able, asked.rounds))
+        plan = [run for run in _plan(asked.only, asked.peers, asked.ladder, asked.rounds) if not refused[run[1]]]
         for number, (workload, peer, round_) in enumerate(plan, 1):
             label = f"[{number}/{len(plan)}] {workload} round {round_ + 1} {peer:21}"
             out = runs / f"{workload}-{peer}-{dtype}-{round_}.json"
             _run(workload, peer, round_, like, out, asked.fresh, label, console)
-    print(write(read_records(runs, like), refused, results, None if asked.quick else ROOT / "README.md"))
+    print(write(read_records(runs, readable), refused, results, None if asked.quick else ROOT / "README.md"))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=names(WORKLOADS), default=list(WORKLOADS), help="workloads, with commas")
-    parser.add_argument("--peers", type=names(BUILDERS), default=list(PEERS), help="peers, with commas")
+    parser.add_argument("--peers", type=names(PEERS | EXTRA), default=list(PEERS), help="peers, with commas")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--ladder", action="store_true", help="W1 also for each step from the tutorial to lorafit")
+    rungs: dict[str, Any] = {"nargs": "?", "const": list(LADDER), "default": [], "type": _rungs}
+    parser.add_argument("--ladder", **rungs, help="W1 also rung by rung up to lorafit: all of them, or 0,4,7")
     parser.add_argument("--table", action="store_true", help="run nothing, only report")
     parser.add_argument("--fresh", action="store_true", help="make also those runs again that are there")
     add_settings(parser)
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.ladder and "W1" not in asked.only:
+        parser.error("the ladder is climbed on W1: --only has to name it")
+    return asked
+
+
+def _rungs(text: str) -> list[str]:
+    return names(LADDER)(",".join(f"ladder-{rung}" for rung in text.split(",")))
 
 
 def names(known: Iterable[str]) -> Callable[[str], list[str]]:
@@ -99,13 +107,13 @@ def _said(verdict: Verdict) -> str:
     return f"REFUSED, {verdict.wrong}" if verdict.wrong else f"same losses and gradients; {told(verdict.config)}"
 
 
-def _plan(workloads: list[str], peers: list[str], rounds: int) -> Iterator[tuple[str, str, int]]:
+def _plan(workloads: list[str], peers: list[str], rungs: list[str], rounds: int) -> Iterator[tuple[str, str, int]]:
     """A B C, then C B A: a machine that slows down meanwhile slows all of them alike."""
     for workload in workloads:
         for number in range(rounds):
-            for peer in peers if number % 2 == 0 else peers[::-1]:
-                if peer not in LADDER or workload == "W1":
-                    yield workload, peer, number
+            names = [*peers, *(rungs if workload == "W1" else ())]
+            for peer in names if number % 2 == 0 else names[::-1]:
+                yield workload, peer, number
 
 
 def _run(

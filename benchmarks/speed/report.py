@@ -1,6 +1,5 @@
 """From the runs of one machine and precision: tables, a picture, and the numbers behind both."""
 
-import json
 import random
 import statistics
 import textwrap
@@ -11,7 +10,7 @@ from typing import Any
 
 from benchmarks.speed.ladder import LADDER, RUNGS
 from benchmarks.speed.peers import EXTRA, PEERS
-from benchmarks.speed.runs import Record, alike
+from benchmarks.speed.runs import Record, read_all
 from benchmarks.speed.workloads import WORKLOADS
 from lorafit.files import write_json, write_text
 
@@ -38,8 +37,7 @@ ROUGH = 2e-2
 
 def read_records(folder: Path, like: Record) -> list[Record]:
     """The runs in `folder` that may stand in one table: those of which all that `like` says is true."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("W*.json"))]
-    return [record for record in records if alike(record, like)]
+    return read_all(folder.glob("W*.json"), like)
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -244,7 +242,7 @@ def _footnote(records: Sequence[Record]) -> str:
     moved = max(abs(run["matrix_peak"]["after"] / run["matrix_peak"]["before"] - 1) for run in good)
     said = [
         f"Shape of Qwen1.5-0.5B ({settings['layers']} layers, random weights), {one['dtype']}; medians of "
-        f"{len({run['round'] for run in good})} × {settings['steps']} steps behind {settings['warmup']} others. "
+        f"{_steps_told(good)}, {settings['warmup']} before them not counted. "
         f"{machine['cpu']}, {machine['capability']}, {machine['threads']} threads, fastest matrix product "
         f"{statistics.median(peaks) / 1e9:.0f} GFLOP/s (it moved by {100 * moved:.0f} % at most within a run), torch "
         f"{machine['versions']['torch']}. Memory is the peak above the loaded model, and in all. In "
@@ -256,6 +254,11 @@ def _footnote(records: Sequence[Record]) -> str:
         said.append("The runs of lorafit are of more than one state of its code.")
     said += sorted({note for run in good for note in run["notes"]})
     return " ".join(said)
+
+
+def _steps_told(runs: Sequence[Record]) -> str:
+    counts = sorted(line["steps"] for line in summarise(runs))
+    return f"{counts[0]} steps" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]} steps"
 
 
 def page(records: Sequence[Record], refused: Mapping[str, str]) -> str:

@@ -42,8 +42,20 @@ def read(path: Path) -> Record | None:
     return found
 
 
+def read_all(paths: Iterable[Path], like: Record) -> list[Record]:
+    """The records in `paths` of which all that `like` says is true."""
+    return [found for path in sorted(paths) if (found := read(path)) is not None and alike(found, like)]
+
+
 def alike(record: Record, like: Record) -> bool:
-    return all(record.get(key) == value for key, value in like.items())
+    """Whether `record` has all that `like` says; a setting that is None there may be anything."""
+    return all(_same(record.get(key), value) for key, value in like.items())
+
+
+def _same(found: Any, asked: Any) -> bool:
+    if isinstance(asked, dict) and isinstance(found, dict) and None in asked.values():
+        return found.keys() == asked.keys() and all(found[key] == v for key, v in asked.items() if v is not None)
+    return bool(found == asked)
 
 
 def code(folders: Iterable[str]) -> str:
