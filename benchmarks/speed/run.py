@@ -18,8 +18,6 @@ from lorafit.files import write_json
 from lorafit.model.load import resolve_dtype
 
 SETTINGS = ("steps", "warmup", "layers", "quick")
-LONGEST_WAY = 96
-"""Steps after which a peer that has not reached its goal is stopped."""
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +43,7 @@ def measured(task: Task, build: Build, steps: int, warmup: int) -> dict[str, Any
     dtype, load = next(task.model.parameters()).dtype, load_average()
     device = next(task.model.parameters()).device
     before = matrix_peak(dtype, device)
-    total = warmup + steps if task.goal is None else LONGEST_WAY
+    total = warmup + steps if task.goal is None else task.goal.most
     rows = [task.batches.rows(number) for number in range(total)]
     useful = [useful_flops(task.model, part, supervised(part), task.setup) for part in rows]
     gc.collect()
