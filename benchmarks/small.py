@@ -32,7 +32,18 @@ from benchmarks.speed.run import precision
 from benchmarks.speed.runs import ROOT, Record, code, read_all, run_once
 from benchmarks.speed.tasks import Task
 from benchmarks.speed.workloads import Setup, initial, make_model
-from lorafit import Batches, LoraConfig, add_lora, generate, load_lora, load_model, merge_lora, save_lora, stream
+from lorafit import (
+    Batches,
+    LoraConfig,
+    LoraLinear,
+    add_lora,
+    generate,
+    load_lora,
+    load_model,
+    merge_lora,
+    save_lora,
+    stream,
+)
 from lorafit.app.demo_model import demo_model
 from lorafit.files import write_json, write_text
 from lorafit.lora.inject import wrappers
@@ -134,7 +145,8 @@ def adapters(how: How) -> list[Row]:
         for file in files:
             add_lora(mine, LoraConfig(r=16))
             for _, layer in wrappers(mine):
-                nn.init.normal_(layer.lora_B.weight, std=0.01)
+                if isinstance(layer, LoraLinear):
+                    nn.init.normal_(layer.factors[1], std=0.01)
             save_lora(mine, file)
             _plain(mine)
         held: list[Any] = []
