@@ -155,9 +155,13 @@ def fork() -> int:
 
 
 def started(arguments: list[str], output: Path) -> Child:
-    """`python -m lorafit arguments`, from its first import on."""
+    """`python -m lorafit arguments`, from its first import on.
+
+    With one thread, as the forks have: the same bits are promised for the same number of threads.
+    """
+    one = os.environ | {"OMP_NUM_THREADS": "1"}
     with output.open("ab") as file:
-        process = subprocess.Popen([sys.executable, "-m", "lorafit", *arguments], stdout=file, stderr=file)
+        process = subprocess.Popen([sys.executable, "-m", "lorafit", *arguments], stdout=file, stderr=file, env=one)
     process.returncode = 0  # this module waits for it, not subprocess
     return Child(process.pid, output)
 

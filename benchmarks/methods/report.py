@@ -188,8 +188,8 @@ def _footnote(records: Sequence[Record]) -> str:
         f"{settings['epochs']} epochs; {len(records)} runs. The rate is chosen on other rows and by another seed than "
         "what is reported (half-decades, three and more: both neighbours of the best one were tried). Intervals of the "
         f"loss are over {len(SEEDS)} seeds (Student's t); one number alone is one seed. {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}. Memory is the peak above the loaded model. "
-        "Made by `python -m benchmarks.methods`."
+        f"{machine['threads']} threads, torch {machine['versions']['torch']}. Memory is the peak above the loaded "
+        "model. Made by `python -m benchmarks.methods`."
     )
 
 
