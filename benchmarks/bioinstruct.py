@@ -25,6 +25,7 @@ from lorafit.app.demo_model import demo_model
 from lorafit.data.batches import collate
 from lorafit.files import write_json
 from lorafit.lora.inject import wrappers
+from lorafit.lora.layers import LoraLinear
 from lorafit.training.loop import begin, take_step
 from lorafit.training.optim import lr_at
 from lorafit.training.run import Record, Result
@@ -88,6 +89,7 @@ def peft_twin(name: str, dtype: str, model: nn.Module) -> nn.Module:
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     twin: nn.Module = peft.get_peft_model(load_model(name, dtype=dtype)[0], config)
     for layer_name, layer in wrappers(model):
+        assert isinstance(layer, LoraLinear)
         there: Any = twin.base_model.model.get_submodule(layer_name)  # type: ignore[union-attr]
         there.lora_A["default"].weight.data.copy_(layer.lora_A.weight.data)
     return twin

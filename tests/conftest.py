@@ -157,6 +157,12 @@ def kept(model: nn.Module, rows: list[Any]) -> int:
     return sum(storage.nbytes() for storage in held.values())
 
 
+@pytest.fixture(scope="session")
+def without_experts() -> Callable[[str], dict[str, Any]]:
+    """Settings for what only linear layers can have: DoRA, dropout, a start that is kept."""
+    return lambda family: {"exclude": ("experts", "gate")} if family == "mixtral" else {}
+
+
 @pytest.fixture
 def kept_bytes() -> Callable[..., int]:
     return kept

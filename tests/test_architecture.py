@@ -13,7 +13,8 @@ import lorafit
 
 ROOT = Path(lorafit.__file__).parent
 # From the top down; folders in one row do not know each other.
-ROWS = (("app",), ("model",), ("training",), ("adapter",), ("lora", "data"), ("config", "files", "locks", "errors"))
+GROUND = ("config", "files", "locks", "hub", "errors")
+ROWS = (("app",), ("model",), ("training",), ("adapter",), ("lora", "data"), GROUND)
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "safetensors", "numpy")
 LONGEST_FILE, LONGEST_FUNCTION = 500, 60
 

@@ -10,6 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu, growth, small
+from benchmarks.dora_step import run as dora_run
+from benchmarks.init_cost import cost
 from benchmarks.speed import measure, report
 from benchmarks.speed.gate import gate
 from benchmarks.speed.ladder import BUILDERS, RUNGS, Shape, ladder, predicted_flops, rung_has
@@ -262,6 +264,30 @@ def test_a_report_of_one_machine(tmp_path: Path) -> None:
     assert found == [here]
     (line,) = report.summarise(found)
     assert line["times_lorafit"] is None  # without lorafit's run there is nothing to compare with
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+}
+
+
+@pytest.mark.parametrize("init", ["pissa", "eva"])
+def test_the_cost_of_an_init_is_measured(init: str) -> None:
+    found = cost(init, 2, 4, **SMALL)
+    assert found["seconds"] > found["of these looking at data"] > (0.01 if init == "eva" else 0)
+    if init == "pissa":  # fp32, rank 16, two blocks, and the start that is kept beside A and B
+        assert found["adapter"] == 4 * 16 * 2 * (4 * (64 + 64) + 3 * (64 + 96)) * 2
+
+
+def test_the_four_steps_take_turns() -> None:
+    found = dora_run(2, 1, **SMALL)
+    assert {len(seconds) for seconds in found["seconds"].values()} == {2}
+    assert len(found["seconds"]) == 4
+    assert all(ratio > 0 for ratio in found["ratios"].values())
 
 
 def test_a_curve_names_what_failed_and_draws_the_rest(tmp_path: Path) -> None:

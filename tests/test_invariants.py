@@ -1,10 +1,12 @@
 """What holds for every family, dtype and configuration."""
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,8 +16,10 @@ from torch import Tensor, nn
 from lorafit import (
     INITS,
     VARIANTS,
+    Batches,
     LoraConfig,
     add_lora,
+    calibrate,
     count_parameters,
     find_targets,
     load_lora,
@@ -27,12 +31,22 @@ from lorafit import (
 
 Tiny = Callable[..., Any]
 WITHOUT_DATA = [name for name, init in INITS.items() if init.statistic is None]
-STARTS = [name for name in WITHOUT_DATA if INITS[name].start != "free"]
+FAMILY = {"Linear": "llama", "Conv1D": "gpt2"}
 
 
 def logits(model: Any, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         return model(tokens).logits  # type: ignore[no-any-return]
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def in_peft(model: nn.Module, path: Path) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(model, str(path), autocast_adapter_dtype=False).double().eval()
 
 
 def digest(model: nn.Module, only: str = "") -> str:
@@ -48,13 +62,61 @@ def digest(model: nn.Module, only: str = "") -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_fresh_adapter_is_the_base_bit_for_bit(
-    family: str, variant: str, dtype: torch.dtype, tiny: Tiny, token_ids: Tiny
+    family: str, variant: str, dtype: torch.dtype, tiny: Tiny, token_ids: Tiny, without_experts: Tiny
 ) -> None:
-    for init in STARTS:
+    for init in ("kaiming", "pissa"):
         model = tiny(family).to(dtype)
         raw = logits(model, token_ids())
-        add_lora(model, LoraConfig(r=4, init=init, variant=variant, dropout=0.1))
+        add_lora(model, LoraConfig(r=4, init=init, variant=variant, dropout=0.1, **without_experts(family)))
         assert torch.equal(logits(model, token_ids()), raw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("init", [*INITS, "pissa_niter_1"])
+def test_every_init_in_every_formula(
+    init: str, variant: str, kind: str, dtype: torch.dtype, tiny: Tiny, examples: Tiny, token_ids: Tiny, tmp_path: Path
+) -> None:
+    """The base is its own at step 0 and ever after; what is learned is the dense formula, here and in PEFT."""
+    model = tiny(FAMILY[kind]).to(dtype)
+    raw, base, rounding = logits(model, token_ids()), values(model), 1e-6 if dtype == torch.float32 else 0.02
+    config = LoraConfig(r=4, alpha=6, init=init, variant=variant)
+    add_lora(model, *calibrate(model, config, Batches(examples(6), 3)))
+    start = logits(model, token_ids())
+    if init == "gaussian_both":
+        assert not torch.equal(start, raw)
+    elif init == "orthogonal":
+        assert (start - raw).norm() <= rounding * raw.norm()
+    else:
+        assert torch.equal(start, raw)
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = model(token_ids(), labels=token_ids()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    save_lora(model, tmp_path)
+    learned = logits(model, token_ids())
+    with lora_disabled(model):
+        assert torch.equal(logits(model, token_ids()), raw)
+
+    exact = tiny(FAMILY[kind]).to(dtype).double()
+    load_lora(exact, tmp_path)
+    if dtype == torch.float32:  # in float64 all that follows is the same for both
+        theirs = in_peft(tiny(FAMILY[kind]).double(), tmp_path)
+        torch.testing.assert_close(logits(exact, token_ids()), logits(theirs, token_ids()), rtol=0, atol=1e-12)
+    merge_lora(exact)
+    dense = logits(exact, token_ids())
+    assert (learned - dense).norm() <= rounding * dense.norm()
+
+    unload_lora(model)
+    assert torch.equal(logits(model, token_ids()), raw)
+    assert all(torch.equal(a, b) for a, b in zip(values(model), base, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -132,10 +194,10 @@ def test_saved_loaded_disabled_and_merged(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_moves_the_adapter_and_not_one_byte_of_the_base(
-    family: str, variant: str, tiny: Tiny, token_ids: Tiny
+    family: str, variant: str, tiny: Tiny, token_ids: Tiny, without_experts: Tiny
 ) -> None:
     model = tiny(family).train()
-    add_lora(model, LoraConfig(r=4, variant=variant, dropout=0.1))
+    add_lora(model, LoraConfig(r=4, variant=variant, dropout=0.1, **without_experts(family)))
     base, adapter = digest(model, "base_layer"), digest(model, "lora_")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
@@ -153,12 +215,14 @@ def test_training_moves_the_adapter_and_not_one_byte_of_the_base(
     assert digest(model, "lora_") != adapter
 
 
-def test_dropout_is_inactive_outside_training(family: str, tiny: Tiny, shaken: Tiny, token_ids: Tiny) -> None:
+def test_dropout_is_inactive_outside_training(
+    family: str, tiny: Tiny, shaken: Tiny, token_ids: Tiny, without_experts: Tiny
+) -> None:
     results = []
     for dropout in (0.0, 0.5):
         model = tiny(family)
         torch.manual_seed(0)
-        add_lora(model, LoraConfig(r=4, dropout=dropout))
+        add_lora(model, LoraConfig(r=4, dropout=dropout, **without_experts(family)))
         results.append(logits(shaken(model).eval(), token_ids()))
     assert torch.equal(*results)
 

@@ -21,9 +21,9 @@ Tiny = Callable[..., Any]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def targets_of(family: str) -> Any:
-    """In Mixtral PEFT's 'all-linear' also wraps the experts and the router, which are no linear layers."""
-    return ATTENTION if family == "mixtral" else "all-linear"
+def targets_of(family: str, variant: str = "lora") -> Any:
+    """DoRA is for linear layers; in Mixtral 'all-linear' wraps the experts and the router, too."""
+    return ATTENTION if family == "mixtral" and variant == "dora" else "all-linear"
 
 
 def base(tiny: Tiny, family: str, dtype: torch.dtype) -> Any:
@@ -44,6 +44,8 @@ def in_peft(model: nn.Module, path: Path, **options: Any) -> Any:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         warnings.filterwarnings("ignore", message=".*tied.*|.*fan_in_fan_out.*", category=UserWarning)
+        # PEFT looks for a pattern's layers among modules and weights, and then warns that it is none of the modules.
+        warnings.filterwarnings("ignore", message=".*gate_up_proj.*", category=RuntimeWarning)
         return peft.PeftModel.from_pretrained(model, str(path), **options).eval()
 
 
@@ -108,7 +110,7 @@ def test_our_adapter_in_peft(
 ) -> None:
     ours = base(tiny, family, dtype)
     plain = logits(ours, token_ids())
-    add_lora(ours, LoraConfig(r=4, alpha=8, targets=targets_of(family), variant=variant))
+    add_lora(ours, LoraConfig(r=4, alpha=8, targets=targets_of(family, variant), variant=variant))
     save_lora(shaken(ours), tmp_path)
     assert (logits(ours, token_ids()) - plain).abs().max() > 0.01 * plain.abs().max()
     theirs = in_peft(base(tiny, family, dtype), tmp_path, is_trainable=True)
@@ -126,7 +128,7 @@ def test_pefts_adapter_here(
     token_ids: Tiny,
     tmp_path: Path,
 ) -> None:
-    names = targets_of(family)
+    names = targets_of(family, variant)
     config = peft_config(target_modules=names if isinstance(names, str) else list(names), use_dora=variant == "dora")
     theirs = from_peft(base(tiny, family, dtype), config, tmp_path, shaken)
     ours = base(tiny, family, dtype)
@@ -146,7 +148,8 @@ def test_the_same_layers_and_counts_as_peft(family: str, tiny: Tiny) -> None:
     plan = add_lora(ours, LoraConfig(r=4, alpha=8, targets=names))
     assert (plan.trainable, plan.total) == theirs.get_nb_trainable_parameters()
     assert lorafit.count_parameters(ours).trainable == plan.trainable
-    assert {t.name for t in plan.targets} == set(theirs.base_model.targeted_module_names)
+    tuner = theirs.base_model
+    assert {t.name for t in plan.targets} == {*tuner.targeted_module_names, *tuner.targeted_parameter_names}
 
 
 # --- every setting, both ways ---------------------------------------------------------------------
@@ -245,6 +248,48 @@ def test_pefts_file_means_the_same_here(case: str, tiny: Tiny, shaken: Tiny, tok
     assert_same(logits(ours, token_ids()), logits(theirs, token_ids()))
     save_lora(ours, tmp_path / "ours")
     assert_same(logits(in_peft(tiny(family), tmp_path / "ours"), token_ids()), logits(theirs, token_ids()))
+
+
+MOVED: dict[str, tuple[str, dict[str, Any]]] = {
+    "PiSSA": ("llama", {"rank_pattern": {"q_proj": 8}}),
+    "PiSSA, Conv1D": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "PiSSA, rsLoRA": ("qwen3", {"use_rslora": True}),
+    "PiSSA, DoRA": ("llama", {"use_dora": True}),
+    "OLoRA": ("llama", {"init_lora_weights": "olora"}),
+}
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_what_peft_saves_of_a_base_it_moved(
+    case: str, tiny: Tiny, shaken: Tiny, token_ids: Tiny, tmp_path: Path
+) -> None:
+    """As it is, so that the start is made anew from the base, and as the pair of twice the rank it can convert it to.
+
+    PEFT's own base is rounded where it was moved, and it moves none in float64.
+    """
+    family, settings = MOVED[case]
+    config = peft_config(**({"init_lora_weights": "pissa"} | settings))
+    init, names = config.init_lora_weights, ["native"]
+    model: Any = peft.get_peft_model(tiny(family), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config.init_lora_weights = True  # or PEFT would take the start from the base once more
+        model.save_pretrained(str(tmp_path / "start"))
+        config.init_lora_weights = init
+        trained = logits(shaken(model).eval(), token_ids())
+        model.save_pretrained(str(tmp_path / "native"))
+        if not config.use_dora:  # in which PEFT's conversion would lose the magnitudes
+            model.save_pretrained(
+                str(tmp_path / "converted"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
+            )
+            names.append("converted")
+    for name in names:
+        ours = tiny(family)
+        plan = load_lora(ours, tmp_path / name)
+        assert min(target.r for target in plan.targets) == (8 if name == "converted" else 4)
+        torch.testing.assert_close(
+            logits(ours, token_ids()), trained, rtol=0, atol=3e-6 * trained.abs().max().item()
+        )
 
 
 def test_peft_reloads_its_overlapping_patterns_wrongly_and_ours_rightly(

@@ -61,8 +61,8 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=_names(WORKLOADS), default=list(WORKLOADS), help="workloads, with commas")
-    parser.add_argument("--peers", type=_names(PEERS | EXTRA), default=list(PEERS), help="peers, with commas")
+    parser.add_argument("--only", type=names(WORKLOADS), default=list(WORKLOADS), help="workloads, with commas")
+    parser.add_argument("--peers", type=names(PEERS | EXTRA), default=list(PEERS), help="peers, with commas")
     parser.add_argument("--rounds", type=int, default=2)
     rungs: dict[str, Any] = {"nargs": "?", "const": list(LADDER), "default": [], "type": _rungs}
     parser.add_argument("--ladder", **rungs, help="W1 also rung by rung up to lorafit: all of them, or 0,4,7")
@@ -76,10 +76,10 @@ def _arguments() -> argparse.Namespace:
 
 
 def _rungs(text: str) -> list[str]:
-    return _names(LADDER)(",".join(f"ladder-{rung}" for rung in text.split(",")))
+    return names(LADDER)(",".join(f"ladder-{rung}" for rung in text.split(",")))
 
 
-def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
+def names(known: Iterable[str]) -> Callable[[str], list[str]]:
     """An argparse type: names with commas between them, each of them known."""
     able = list(known)
 

@@ -311,9 +311,13 @@ def _flat(value: Any) -> str:
     return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
 
 
-def insert(text: str, part: str, name: str = "speed") -> str:
-    """`text` with what stands between the two markers `name` replaced by `part`."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+def insert(text: str, part: str, mark: str = "speed") -> str:
+    """`text` with what stands between its two markers replaced by `part`; behind it all where it has none."""
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    if begin not in text:
+        text = f"{text}\n{begin}\n"
+    if end not in text:
+        text = text.replace(begin, f"{begin}\n{end}", 1)
     before, rest = text.split(begin, 1)
     return f"{before}{begin}\n{part}\n{end}{rest.split(end, 1)[1]}"
 

@@ -9,22 +9,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorafit.adapter.algebra import combine_adapters, diff_adapters, resize_adapter
+    from lorafit.adapter.check import check_adapter
+    from lorafit.adapter.export import export_adapter
     from lorafit.adapter.peft_format import load_lora, save_lora, unload_lora
     from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
     from lorafit.data.batches import Batches
     from lorafit.data.read import read_examples
     from lorafit.errors import LorafitError
-    from lorafit.lora.inits import INITS
+    from lorafit.lora.counts import count_parameters, print_model_parameters, print_trainable_parameters
+    from lorafit.lora.inits import INITS, init
     from lorafit.lora.inject import (
         add_lora,
-        count_parameters,
         find_targets,
         lora_disabled,
         merge_lora,
-        print_model_parameters,
-        print_trainable_parameters,
     )
     from lorafit.lora.layers import VARIANTS, DoraLinear, LoraEmbedding, LoraLinear
+    from lorafit.lora.tokens import add_tokens
     from lorafit.model.generate import generate, stream
     from lorafit.model.load import load_model
     from lorafit.training.calibrate import calibrate
@@ -35,16 +37,18 @@ _HOME = {
     "config": ("DataConfig", "LoraConfig", "ModelConfig", "TrainConfig"),
     "errors": ("LorafitError",),
     "lora.layers": ("VARIANTS", "DoraLinear", "LoraEmbedding", "LoraLinear"),
-    "lora.inits": ("INITS",),
+    "lora.inits": ("INITS", "init"),
+    "lora.counts": ("count_parameters", "print_model_parameters", "print_trainable_parameters"),
     "lora.inject": (
         "add_lora",
-        "count_parameters",
         "find_targets",
         "lora_disabled",
         "merge_lora",
-        "print_model_parameters",
-        "print_trainable_parameters",
     ),
+    "lora.tokens": ("add_tokens",),
+    "adapter.algebra": ("combine_adapters", "diff_adapters", "resize_adapter"),
+    "adapter.check": ("check_adapter",),
+    "adapter.export": ("export_adapter",),
     "adapter.peft_format": ("load_lora", "save_lora", "unload_lora"),
     "data.read": ("read_examples",),
     "data.batches": ("Batches",),
@@ -69,11 +73,17 @@ __all__ = [
     "ModelConfig",
     "TrainConfig",
     "add_lora",
+    "add_tokens",
     "calibrate",
+    "check_adapter",
+    "combine_adapters",
     "count_parameters",
+    "diff_adapters",
     "evaluate",
+    "export_adapter",
     "find_targets",
     "generate",
+    "init",
     "load_lora",
     "load_model",
     "lora_disabled",
@@ -81,6 +91,7 @@ __all__ = [
     "print_model_parameters",
     "print_trainable_parameters",
     "read_examples",
+    "resize_adapter",
     "save_lora",
     "stream",
     "train",

@@ -48,6 +48,16 @@ def _named(config: object, *names: str) -> None:
             raise UsageError(f"{name} must be a string or a list of names, not {value!r}")
 
 
+def _patterns(config: object, *names: str) -> None:
+    for name in names:
+        pattern = getattr(config, name)
+        if not isinstance(pattern, Mapping):
+            raise UsageError(f"{name} must map names to numbers, not {pattern!r}")
+        for key, value in pattern.items():
+            if not (_is_number(value) and value > 0):
+                raise UsageError(f"{name}[{key!r}] must be a number greater than 0, not {value!r}")
+
+
 def _items(value: Any) -> Any:
     return value if isinstance(value, tuple) else (None,)
 
@@ -61,7 +71,10 @@ class LoraConfig:
     dropout: float = knob(0.0, "dropout on the input of A while training")
     targets: Names = knob(
         "all-linear",
-        "'all-linear' (every linear layer but the output head), name endings, or one regular expression",
+        "'all-linear' (every linear layer but the output head; experts, too), name endings, or one regular expression",
+    )
+    parameters: tuple[str, ...] = knob(
+        (), "weights outside of linear layers to adapt as well, by name ending: experts.down_proj, gate.weight"
     )
     exclude: Names = knob((), "name endings, or one regular expression, of layers to leave alone")
     layers: tuple[int, ...] | None = knob(None, "adapt only the transformer blocks with these numbers")
@@ -75,26 +88,27 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = knob({}, "other ranks for some layers: {name ending or regex: r}")
     alpha_pattern: Mapping[str, float] = knob({}, "other alphas for some layers: {name ending or regex: alpha}")
     train_modules: tuple[str, ...] = knob((), "modules trained in full beside LoRA, by name ending: norm, lm_head")
+    train_tokens: tuple[int, ...] = knob((), "ids of tokens whose rows are trained, in the embedding and output head")
+    token_layers: tuple[str, ...] = knob((), "by name ending, the layers in which they are; none: both")
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude", "layers", "train_modules"):
+        one_or_more = ("parameters", "train_modules", "token_layers")
+        for name in ("targets", "parameters", "exclude", "layers", "train_modules", "train_tokens", "token_layers"):
             value = getattr(self, name)
-            if isinstance(value, list | set) or (name == "train_modules" and isinstance(value, str)):
+            if isinstance(value, list | set) or (name in one_or_more and isinstance(value, str)):
                 value = (value,) if isinstance(value, str) else tuple(value)
                 object.__setattr__(self, name, value)
-        _named(self, "targets", "exclude", "train_modules")
+        _named(self, "targets", "parameters", "exclude", "train_modules", "token_layers")
+        ids = _items(self.train_tokens)
+        if not all(type(n) is int and n >= 0 for n in ids) or len(set(ids)) < len(ids):
+            raise UsageError(f"train_tokens must be a list of different token ids, not {self.train_tokens!r}")
+        if self.token_layers and not ids:
+            raise UsageError("token_layers says where train_tokens are, and there are none")
         if self.layers is not None and not all(type(n) is int and n >= 0 for n in _items(self.layers)):
             raise UsageError(f"layers must be a list of block numbers, not {self.layers!r}")
-        _positive(self, "r", "alpha", "init_rows")
-        _within(self, 1, math.inf, "init_rho")
+        _positive(self, "r", "alpha", "init_rows", "init_rho")
         _within(self, 0, 1, "dropout")
-        for label in ("rank_pattern", "alpha_pattern"):
-            pattern = getattr(self, label)
-            if not isinstance(pattern, Mapping):
-                raise UsageError(f"{label} must map names to numbers, not {pattern!r}")
-            for key, value in pattern.items():
-                if not (_is_number(value) and value > 0):
-                    raise UsageError(f"{label}[{key!r}] must be a number greater than 0, not {value!r}")
+        _patterns(self, "rank_pattern", "alpha_pattern")
         for rank in (self.r, *self.rank_pattern.values()):
             if rank != int(rank):
                 raise UsageError(f"a rank must be a whole number, not {rank!r}")
@@ -105,11 +119,14 @@ class ModelConfig:
     """The base model, and where it lives."""
 
     model: str = knob("", "hub name, local folder, or .gguf file of the base model")
-    adapter: str | None = knob(None, "adapter folder to load on top")
+    adapter: str | None = knob(None, "adapter to load on top: folder, or owner/name or owner/name@revision on the hub")
     force_base: bool = knob(False, "load the adapter even if it was made on another base model")
     revision: str | None = knob(None, "branch, tag or commit on the hub")
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = knob(
         "auto", "precision of the base; auto: bfloat16 where the processor computes it natively, else float32"
+    )
+    storage: Literal["dense", "int8"] = knob(
+        "dense", "how the frozen linear layers are kept; int8: 8-bit codes and a scale per row, half of bfloat16's size"
     )
     device: str = knob("auto", "cpu, cuda, cuda:1, mps …; auto: the first accelerator, else cpu")
     trust_remote_code: bool = knob(False, "run Python code that comes with the model; leave off unless you read it")
@@ -152,6 +169,18 @@ class TrainConfig:
     steps: int | None = knob(None, "stop after this many optimizer steps instead of after `epochs`")
     schedule: Literal["cosine", "linear", "constant"] = knob("cosine", "how the learning rate falls after warm-up")
     warmup: float = knob(0.03, "share of the steps in which the learning rate rises from 0 (1 or more: steps)")
+    lora_plus_ratio: float = knob(1.0, "LoRA+: learning rate of B over that of A; 16 is usual, with a smaller lr")
+    lr_pattern: Mapping[str, float] = knob(
+        {}, "other peak learning rates for some of what is trained: {name ending or regex of layer or tensor: rate}"
+    )
+    lr_embeddings: float | None = knob(None, "peak learning rate of embeddings; none: lr")
+    lr_modules: float | None = knob(None, "peak learning rate of modules trained in full; none: lr")
+    rule: Literal["adamw", "lora-fa", "riemannian"] = knob(
+        "adamw",
+        "what AdamW is given: the gradient; with A frozen and B's corrected for it (LoRA-FA); "
+        "both preconditioned by the other factor",
+    )
+    neftune: float = knob(0.0, "NEFTune: noise of this size on the embeddings while training; 5 is usual, 0: none")
     weight_decay: float = knob(0.0, "AdamW's decoupled weight decay")
     betas: tuple[float, float] = knob((0.9, 0.999), "AdamW's two decay rates")
     eps: float = knob(1e-8, "AdamW's epsilon")
@@ -172,7 +201,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "lr", "epochs", "steps", "eps", "max_grad_norm", "eval_every", "patience")
-        _positive(self, "keep_checkpoints", "max_bad_steps")
+        _positive(self, "keep_checkpoints", "max_bad_steps", "lora_plus_ratio", "lr_embeddings", "lr_modules")
+        _patterns(self, "lr_pattern")
+        _within(self, 0, math.inf, "neftune")
+        if self.rule == "lora-fa" and self.lora_plus_ratio != 1:
+            raise UsageError("rule lora-fa trains no A, so there is nothing for lora_plus_ratio to compare: raise lr")
         if not (_is_number(self.save_every) and self.save_every >= 0):
             raise UsageError(f"save_every must not be negative, not {self.save_every!r}")
         if self.warmup < 0 or self.weight_decay < 0:

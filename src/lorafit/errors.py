@@ -69,6 +69,18 @@ class OutOfMemory(LorafitError, MemoryError):
     exit_code = 10
 
 
+class HubError(LorafitError, ConnectionError):
+    """The hub does not take what it is given."""
+
+    exit_code = 11
+
+
+class HubBusy(HubError):
+    """The hub cannot take it now: the same command goes on later (EX_TEMPFAIL, so that a scheduler requeues)."""
+
+    exit_code = 75
+
+
 class Interrupted(LorafitError):
     """Stopped by a signal after saving; the run can be resumed (EX_TEMPFAIL, so that a scheduler requeues)."""
 

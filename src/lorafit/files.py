@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,7 +167,7 @@ def _seal(folder: Path, about: Mapping[str, Any]) -> None:
         _sync(path)
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    _write(folder / MANIFEST, _json(_sealed({**about, "files": files})))
+    _write(folder / MANIFEST, (_json(_sealed({**about, "files": files})),))
     SYSTEM.chmod(folder, 0o777 & ~umask)
     _sync(folder)
 
@@ -197,16 +197,23 @@ def _remove(folder: Path) -> None:
 
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file whole, or leave the old one."""
+    write_parts(path, (data,))
+
+
+def write_parts(path: str | Path, parts: Iterable[Any]) -> None:
+    """The same for a file that is larger than memory: `parts` (bytes) are made and written one after the other."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}{_TEMPORARY}{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write(temporary, data)
+        _write(temporary, parts)
         SYSTEM.rename(temporary, target)
         _sync(target.parent)
-    except OSError as error:
+    except Exception as error:
         with suppress(OSError):
             SYSTEM.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise
         raise DiskError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
@@ -225,14 +232,32 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Any], about: Mapping[s
 
     (safetensors itself writes the metadata in an order that changes from call to call.)
     """
-    from safetensors.torch import save
+    write_bytes(path, b"".join(tensor_parts(tensors, tensors.__getitem__, about)))
 
-    raw = save(dict(tensors))
-    length = int.from_bytes(raw[:8], "little")
-    metadata = {"format": "pt", **dict(sorted((about or {}).items()))}
-    header = json.dumps({"__metadata__": metadata, **json.loads(raw[8 : 8 + length])}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    write_bytes(path, len(header).to_bytes(8, "little") + header + raw[8 + length :])
+
+def tensor_parts(
+    shapes: Mapping[str, Any], read: Callable[[str], Any], about: Mapping[str, str] | None = None
+) -> Iterator[Any]:
+    """The parts of a safetensors file, each tensor asked for when its turn comes.
+
+    `shapes` has something with the dtype and shape of each (a tensor without values will do), `read` the values.
+    Order and spelling are safetensors' own: it is asked how it would write the same tensors without a value.
+    """
+    from safetensors.torch import save
+    from torch import empty, uint8
+
+    raw = save({name: empty(0, dtype=like.dtype) for name, like in shapes.items()})
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted((about or {}).items()))}}
+    place = 0
+    for name, entry in json.loads(raw[8:]).items():
+        end = place + shapes[name].numel() * shapes[name].dtype.itemsize
+        header[name] = {"dtype": entry["dtype"], "shape": list(shapes[name].shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in list(header)[1:]:
+        yield read(name).detach().contiguous().reshape(-1).view(uint8).numpy().data
 
 
 def append_line(path: str | Path, value: Any) -> None:
@@ -272,18 +297,19 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, parts: Iterable[Any]) -> None:
     """A new file at `path`, forced to disk."""
     handle = SYSTEM.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         hold(handle)
-        _write_all(handle, data)
+        for part in parts:
+            _write_all(handle, part)
         SYSTEM.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _write_all(handle: int, data: bytes) -> None:
+def _write_all(handle: int, data: Any) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[SYSTEM.write(handle, rest) :]

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lorafit import LoraConfig, add_lora, load_lora, save_lora
+from lorafit.adapter import patterns as file_patterns
 from lorafit.adapter import peft_config
 from lorafit.adapter.peft_config import CONFIG, DEFAULTS, HISTORY, NEEDED, READ, UNSUPPORTED, read_config
 from lorafit.errors import AdapterError, UsageError
-from lorafit.lora import inject
+from lorafit.lora import names as patterns
 
 Tiny = Callable[..., Any]
 QUICK = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -87,6 +88,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "lora_dropout": (*NO_NUMBERS, 1, -0.1),
     "target_modules": (3, True, {"a": 1}, [1], [["q_proj"]], [None], [""], ["a" * 1001], ["a"] * 20_001, "a" * 100_001),
     "exclude_modules": (3, True, {"a": 1}, [1], [""]),
+    "trainable_token_indices": (5, "5", True, [-1], [1.0], ["<a>"], [[1]], {"a": 1}, {"a": [True]}, NAN),
     "modules_to_save": ("norm", 3, {"norm": 1}, [1], [""]),
     "layers_to_transform": ("1", True, -1, 10**400, 1.0, [1, -1], [True], [1.5], {"1": 1}, NAN),
     "layers_pattern": (1, {"a": 1}, [1]),
@@ -97,6 +99,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (1, 0, 1.0, ["gaussian"], {"a": 1}),
     "use_dora": (1, "true", [True], {"a": 1}),
     "use_rslora": (1, "false", 0),
+    "target_parameters": ("down_proj", [1], [""], {"a": 1}),
     "fan_in_fan_out": (1, "yes"),
     "inference_mode": (0, "no"),
     "ensure_weight_tying": ("x",),
@@ -138,7 +141,7 @@ def test_what_is_not_built_is_refused_unless_it_is_off(name: str, tmp_path: Path
         assert refusal(write(tmp_path, **{name: value})).startswith(f"{name}={value!r} is not supported")
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "mica", "", "Pissa"])
+@pytest.mark.parametrize("init", ["pissa_niter_16", "corda", "loftq", "lora_ga", "mica", "", "Pissa"])
 def test_an_adapter_of_a_changed_base_is_refused(init: str, tmp_path: Path) -> None:
     assert "belongs to a changed base model" in refusal(write(tmp_path, init_lora_weights=init))
 
@@ -217,7 +220,7 @@ def first_in_python(keys: list[str], name: str, frame: str) -> int | None:
 @pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")
 def test_a_pattern_means_what_it_means_in_peft_or_is_refused(frame: str, keys: list[str]) -> None:
     try:
-        found = peft_config._first_matches("rank_pattern", keys, NAMES, frame)
+        found = file_patterns.first_matches("rank_pattern", keys, NAMES, frame)
     except UsageError:
         return
     try:
@@ -269,7 +272,7 @@ def test_many_patterns_for_many_layers_are_refused_when_they_cost_too_much(adapt
 
 
 def test_running_out_of_time_is_a_refusal(adapter: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft_config, "MATCHING_SECONDS", -1.0)
+    monkeypatch.setattr(file_patterns, "MATCHING_SECONDS", -1.0)
     rewrite(adapter, alpha_pattern={"q_proj": 4})
     with pytest.raises(AdapterError, match="alpha_pattern='q_proj' is too costly to match"):
         load_lora(tiny("llama"), adapter)
@@ -279,10 +282,10 @@ def test_running_out_of_memory_is_never_taken_for_no_match(monkeypatch: pytest.M
     """A set of RE2 answers 'none' when its memory does not suffice."""
     names, refused = ["b" * 10, "a" * 40 + "x"], set()
     for memory in (2**10, 2**12, 2**14, 2**16):
-        monkeypatch.setattr(peft_config, "MATCHING_MEMORY", memory)
+        monkeypatch.setattr(file_patterns, "MATCHING_MEMORY", memory)
         outcomes = []
         with suppress(UsageError):
-            outcomes.append(peft_config._first_matches("rank_pattern", ["(a|.){40}x", ".*b.{9}"], names))
+            outcomes.append(file_patterns.first_matches("rank_pattern", ["(a|.){40}x", ".*b.{9}"], names))
         assert outcomes in ([], [{"b" * 10: 1, "a" * 40 + "x": 0}])
         refused.add(not outcomes)
     assert refused == {True, False}
@@ -335,8 +338,8 @@ def test_nothing_from_a_file_becomes_a_pattern_of_pythons(
     fields: dict[str, Any], adapter: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    compiled = inject._expression
-    monkeypatch.setattr(inject, "_expression", lambda pattern: seen.append(pattern) or compiled(pattern))
+    compiled = patterns._expression
+    monkeypatch.setattr(patterns, "_expression", lambda pattern: seen.append(pattern) or compiled(pattern))
     rewrite(adapter, **fields)
     assert len(load_lora(tiny("llama"), adapter).targets) == 4
     assert [pattern for pattern in seen if not re.fullmatch(r"\(\?:(\w|\\[.-]|\|)+\)", pattern)] == []
@@ -395,6 +398,6 @@ def test_what_could_not_be_loaded_is_not_written(tiny: Tiny, tmp_path: Path) -> 
 )
 def test_the_endings_written_for_some_layers_name_exactly_them(names: list[str], chosen: set[int]) -> None:
     some = [names[number] for number in sorted(chosen) if number < len(names)]
-    said = peft_config._endings_or_regex(some, names)
+    said = peft_config.endings_or_regex(some, names)
     pattern = said if isinstance(said, str) else tuple(said)
-    assert [name for name in names if inject.matches(pattern, name)] == [name for name in names if name in some]
+    assert [name for name in names if patterns.matches(pattern, name)] == [name for name in names if name in some]

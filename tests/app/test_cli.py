@@ -18,13 +18,18 @@ import transformers
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, pre_tokenizers
 
 from lorafit.app import options, rows, runs
-from lorafit.app.cli import VERBS, main
+from lorafit.app.cli import VERBS, FollowConfig, TokensConfig, main
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict
 from lorafit.errors import UsageError
 from lorafit.locks import lock
+from lorafit.lora.inits import INITS
+from lorafit.lora.inject import lora_disabled
+from lorafit.model.generate import generate
+from lorafit.model.load import load_model
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -193,7 +198,7 @@ def test_help(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     verb = VERBS.get(line[0]) if line else None
     for cls in options.configs(verb).values() if verb else ():
         for field in dataclasses.fields(cls):
-            assert f"--{field.name.replace('_', '-')}" in printed
+            assert f"--{field.name.rstrip('_').replace('_', '-')}" in printed
             assert " ".join(field.metadata["help"].split()[:4]) in printed
     if verb is None:
         assert all(name in printed for name in VERBS)
@@ -227,7 +232,8 @@ def resolved(line: str, verb: str = "train") -> dict[str, Any]:
 
 
 def test_flags_overrule_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
-    defaults = as_dict(ModelConfig(), LoraConfig(), DataConfig(), TrainConfig()) | {"out": "", "resume": False}
+    defaults = as_dict(ModelConfig(), LoraConfig(), TokensConfig(), DataConfig(), TrainConfig(), FollowConfig())
+    defaults |= {"out": "", "resume": False}
     assert resolved("") == defaults
     (tmp_path / "c.toml").write_text("r = 4\nlr = 1e-3\ntargets = ['q_proj']\n[rank_pattern]\nq_proj = 2\n")
     line = f"--config {tmp_path / 'c.toml'} --lr 5e-4"
@@ -271,6 +277,9 @@ def test_a_flag_is_read_as_its_type(line: str, name: str, value: Any) -> None:
     assert resolved(line)[name] == value
 
 
+LINKED = ("init", "init_rho", "token_layers", "lora_plus_ratio")  # not every value fits those of others
+
+
 def a_config(cls: Any) -> st.SearchStrategy[Any]:
     """Any valid settings of one dataclass, a few fields changed."""
     words = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
@@ -288,7 +297,7 @@ def a_config(cls: Any) -> st.SearchStrategy[Any]:
     }
     hints = {name: str(field.type) for name, field in cls.__dataclass_fields__.items()}
     hints = {name: kind.removeprefix("<class '").removesuffix("'>") for name, kind in hints.items()}
-    return st.builds(cls, **{name: made[kind] for name, kind in hints.items() if kind in made and name != "init"})
+    return st.builds(cls, **{name: made[kind] for name, kind in hints.items() if kind in made and name not in LINKED})
 
 
 @settings(deadline=None)
@@ -319,13 +328,13 @@ def test_every_option_of_every_verb_has_a_sentence_and_a_readable_type() -> None
 # --- the verbs ---------------------------------------------------------------------------------------
 
 
-RUN_FILES = ["config.yaml", "log.jsonl", "loss.png"]
+RUN_FILES = ["about.json", "adapter", "checkpoints", "config.yaml", "log.jsonl", "loss.png"]
 
 
 def test_train_leaves_an_adapter_its_settings_a_log_and_a_picture(
     run_folder: Path, model_folder: Path, data_file: Path
 ) -> None:
-    assert sorted(p.name for p in run_folder.iterdir()) == ["adapter", "checkpoints", *RUN_FILES]
+    assert sorted(p.name for p in run_folder.iterdir()) == RUN_FILES
     records = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(8))  # 16 rows, 4 a step, 2 epochs
     assert {"loss", "grad_norm", "lr", "tokens_per_second", "memory_mb"} <= records[0].keys()
@@ -338,6 +347,39 @@ def test_train_leaves_an_adapter_its_settings_a_log_and_a_picture(
     written = resolved(f"--config {run_folder / 'config.yaml'}")
     asked = {"model": str(model_folder), "data": str(data_file), "r": 4, "lr": 1e-2, "batch_size": 4, "eval_rows": 4}
     assert asked.items() <= written.items()
+
+
+def test_train_notes_what_a_report_needs(run_folder: Path, model_folder: Path, data_file: Path) -> None:
+    about = json.loads((run_folder / "about.json").read_text())
+    model, tokenizer = load_model(model_folder, dtype="float32", device="cpu", adapter=run_folder / "adapter")
+    examples, held_out = rows.read_rows(
+        ModelConfig(model=str(model_folder)), DataConfig(data=str(data_file), eval_rows=4), tokenizer, seed=0
+    )
+    assert [about["data"][name] for name in ("rows", "held_out")] == [16, 4]
+    assert about["data"]["tokens"] == sum(len(example.ids) for example in examples)
+    assert sum(about["data"]["lengths"]["rows"]) == sum(about["data"]["lengths"]["supervised"]) == 16
+    assert about["plan"]["trainable"] == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    assert len(about["layers"]) == 14  # of two blocks
+    asked = [json.loads(line) for line in data_file.read_text().splitlines()]
+    assert len(about["samples"]) == 3
+    for sample, row in zip(about["samples"], held_out, strict=False):
+        number = int(sample["source"].rpartition(":")[2])
+        question = asked[number - 1]["prompt"]
+        assert (sample["source"], sample["answer"]) == (row.source, asked[number - 1]["completion"])
+        assert question in sample["prompt"]
+        said = {"after": generate(model, tokenizer, [question], max_new_tokens=64)[0]}
+        with lora_disabled(model):
+            said["before"] = generate(model, tokenizer, [question], max_new_tokens=64)[0]
+        assert {name: sample[name] for name in said} == {name: text.strip() for name, text in said.items()}
+
+
+def test_a_run_may_keep_no_answers(run_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    line = f"train --config {run_folder / 'config.yaml'} --out {out} --samples 0 --steps 1"
+    assert main(line.split()) == 0
+    assert json.loads((out / "about.json").read_text())["samples"] == []
+    assert main(["report", str(out)]) == 0
+    assert "Not shown: the run kept no answers" in (out / "report.html").read_text()
 
 
 def test_the_written_settings_make_the_same_adapter_again(run_folder: Path, tmp_path: Path) -> None:
@@ -455,6 +497,61 @@ def test_a_signal_while_training_saves_the_last_step(
     assert steps == list(range(8))
 
 
+@pytest.mark.parametrize("init", ["eva", "lora_one", "pissa"])
+def test_a_start_that_takes_long_is_made_once_and_kept(
+    init: str,
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from lorafit.training import loop
+
+    line = f"train --model {model_folder} --data {data_file} --dtype float32 --device cpu --r 4 --lr 1e-2 --epochs 2"
+    begin = [*line.split(), "--init", init, "--init-rows", "9", "--eval-rows", "4", "--batch-size", "4", "--rslora"]
+    assert main([*begin, "--out", str(tmp_path / "whole")]) == 0
+    written = yaml.safe_load((tmp_path / "whole/config.yaml").read_text())
+    assert (init == "eva") == bool(written["rank_pattern"])
+
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *a, **k: (os.kill(os.getpid(), signal.SIGUSR1), evaluate(*a, **k))[1])
+    assert main([*begin, "--out", str(tmp_path / "cut")]) == 75
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+
+    def again(*given: Any, **options: Any) -> Any:
+        raise AssertionError("what is in the checkpoint is not made again")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(INITS, init, dataclasses.replace(INITS[init], function=again))
+        assert main([*begin, "--resume", "--out", str(tmp_path / "cut")]) == 0  # as a scheduler requeues it
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_inspect_shows_what_an_init_would_do(
+    model_folder: Path, data_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"inspect --model {model_folder} --dtype float32 --device cpu --r 4"
+    assert main([*line.split(), "--init", "pissa"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "init pissa: share of ‖W‖² in s·B·A at the start"
+    rows = {row.split()[0]: row.replace(",", "").split() for row in said if " mean " in row}
+    name = "model.layers.{0..1}.mlp.up_proj"
+    model = transformers.LlamaForCausalLM.from_pretrained(model_folder)
+    shares = []
+    for layer in model.model.layers:
+        energy = torch.linalg.svdvals(layer.mlp.up_proj.weight.double()).square()
+        shares.append((energy[:4].sum() / energy.sum()).item())
+    assert rows[name][1:] == ["×2", "mean", f"{sum(shares) / 2:.2%}", f"{min(shares):.2%}", "to", f"{max(shares):.2%}"]
+    assert f"{name}  ×2   48 × 32   r=4, alpha=32" in "\n".join(said)
+    assert main([*line.split(), "--init", "eva"]) == 2
+    assert "init 'eva' looks at data: give --data" in capsys.readouterr().err
+    assert main([*line.split(), "--init", "eva", "--data", str(data_file)]) == 0
+    ranks = {part for part in capsys.readouterr().out.replace(",", "").split() if part.startswith("r=")}
+    assert len(ranks) > 2
+
+
 def test_eval_measures_the_held_out_rows_of_a_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["eval", "--config", str(run_folder / "config.yaml"), "--adapter", str(run_folder / "adapter")]
     assert main(line) == 0
@@ -541,6 +638,62 @@ def test_merge_saves_a_plain_model_that_answers_like_the_adapter(
     assert sorted(out.iterdir()) == before
 
 
+def test_new_tokens_from_train_to_merge(
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lorafit.model.load import load_model
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(data_file.read_text().replace("comes", "<next>"))
+    model = f"--model {model_folder} --dtype float32 --device cpu"
+    new = "--new-tokens <next>,<last> --train-tokens 65"
+    size = len(transformers.AutoTokenizer.from_pretrained(model_folder))
+    assert main(f"inspect {model} --data {rows} --rows 1 {new}".split()) == 0
+    assert "model.embed_tokens   3 rows trained" in capsys.readouterr().out
+    run, out = tmp_path / "run", tmp_path / "merged"
+    line = f"train {model} --data {rows} --out {run} --steps 2 {new}".split()
+    assert main(line) == 0
+    shutil.rmtree(run / "adapter")
+    assert main([*line, "--resume"]) == 0
+    said = json.loads((run / "adapter" / "adapter_config.json").read_text())["trainable_token_indices"]
+    assert said == {"model.embed_tokens": [65, size, size + 1], "lm_head": [65, size, size + 1]}
+    capsys.readouterr()
+    more = f"{model} --adapter {run / 'adapter'}"
+    assert main(f"eval {more} --data {rows}".split()) == 0
+    assert main(f"inspect {more} --data {rows}".split()) == 0
+    assert say(monkeypatch, capsys, f"chat {more} --max-new-tokens 4", "hello\n")
+    assert main(f"train {more} --data {rows} --out {tmp_path / 'on'} --steps 1".split()) == 0
+    assert (tmp_path / "on" / "adapter" / "tokenizer.json").is_file()
+    assert main(f"merge {more} --out {out}".split()) == 0
+    merged, tokenizer = load_model(out, dtype="float32", device="cpu")
+    assert tokenizer("<next>")["input_ids"] == [size]
+    assert merged.get_input_embeddings().weight.shape[0] == size + 2  # type: ignore[operator]
+    assert main(f"train {more} --data {rows} --out {tmp_path / 'no'} --new-tokens <x>".split()) == 2
+    assert "an adapter brings its own settings" in capsys.readouterr().err
+    assert main(f"inspect {model} --train-tokens 9999".split()) == 2
+    assert f"model.embed_tokens has {size} rows, and no 9999: add_tokens first" in capsys.readouterr().err
+
+
+def test_a_base_in_8_bits_from_train_to_merge(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = f"--model {model_folder} --dtype float32 --device cpu"
+    assert main(f"inspect {model} --storage int8".split()) == 0
+    assert "model.layers.{0..1}.self_attn.q_proj  ×2   32 × 32" in capsys.readouterr().out
+    run, out = tmp_path / "run", tmp_path / "merged"
+    assert main(f"train {model} --data {data_file} --out {run} --steps 2 --storage int8".split()) == 0
+    capsys.readouterr()
+    assert main(f"merge {model} --adapter {run / 'adapter'} --out {out} --storage int8".split()) == 0
+    printed = capsys.readouterr().out
+    assert "merged into what their storage held, not into the original weights, and dense now: model" in printed
+    assert float(printed.split("largest logit difference ")[1].split()[0]) < 1e-4
+    assert transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)[1]["missing_keys"] == set()
+
+
 @pytest.mark.parametrize(("free", "said"), [(2**40, "a pass may hold "), (2**20, "passes are cut to ")])
 def test_inspect_says_how_large_a_pass_may_be(
     free: int,
@@ -555,6 +708,34 @@ def test_inspect_says_how_large_a_pass_may_be(
     assert main(line.split()) == 0
     shown = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory, estimated"))
     assert f"{free / 2**20:,.0f} MiB are free: {said}" in shown
+
+
+
+def test_merge_goes_through_memory_where_the_files_will_not_do(
+    run_folder: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A base without safetensors' usual names: the same weights, and why it took memory."""
+    line = f"merge --adapter {run_folder / 'adapter'} --dtype float32 --model"
+    assert main([*line.split(), str(model_folder), "--out", str(tmp_path / "files")]) == 0
+    renamed = tmp_path / "renamed"
+    shutil.copytree(model_folder, renamed)
+    held = load_file(renamed / "model.safetensors")
+    held = {name.removeprefix("model."): value for name, value in held.items()}
+    save_file(held, renamed / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    monkeypatch.setattr("lorafit.training.memory.free_memory", lambda device: 1000)
+    assert main([*line.split(), str(renamed), "--out", str(tmp_path / "memory")]) == 0
+    printed = capsys.readouterr().out
+    assert "merged in memory: its files have another name for model.layers.0.self_attn.q_proj.weight" in printed
+    assert "not compared: the model has" in printed
+    weights = [load_file(tmp_path / way / "model.safetensors") for way in ("files", "memory")]
+    plain = {name.removeprefix("model."): value for name, value in weights[0].items()}
+    assert plain.keys() == {name.removeprefix("model.") for name in weights[1]}
+    assert all(torch.equal(value, plain[name.removeprefix("model.")]) for name, value in weights[1].items())
 
 
 def test_inspect_shows_the_plan_and_the_tokens_that_carry_loss(

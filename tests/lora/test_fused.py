@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorafit import LoraConfig, LoraLinear, add_lora
+from lorafit import VARIANTS, LoraConfig, LoraLinear, add_lora
 from lorafit.lora.fused import Parts, low_rank_linear
+from lorafit.lora.fused_dora import GainedLowRankLinear
 
 Tiny = Callable[..., Any]
 SIZES = st.integers(1, 9)
@@ -25,6 +26,21 @@ def random(*shape: int, grad: bool = False, dtype: torch.dtype = torch.float64) 
 
 def low_rank(x: Tensor, dropped: Tensor | None, *parts: Any) -> Tensor:
     return low_rank_linear(x, dropped, [Parts(*parts)])[0]
+
+
+def gained(*arguments: Any) -> Tensor:
+    return GainedLowRankLinear.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=SIZES, in_=SIZES, out=SIZES, r=SIZES, bias=st.booleans(), dropped=st.booleans())
+def test_doras_gradcheck(n: int, in_: int, out: int, r: int, bias: bool, dropped: bool) -> None:
+    x, A, B = random(n, in_, grad=True), random(r, in_, grad=True), random(out, r, grad=True)
+    gain, thinned = random(out, grad=True), random(n, in_, grad=True) if dropped else None
+    W, b = random(out, in_), random(out) if bias else None
+    assert torch.autograd.gradcheck(
+        lambda x, thinned, A, B, g: gained(x, thinned, W, b, A, B, g, 0.7), (x, thinned, A, B, gain), fast_mode=True
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -106,13 +122,18 @@ def layers() -> dict[str, Callable[[], nn.Module]]:
     }
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", layers())
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (2, 1, 3, 6), (0, 6)])
-def test_the_fused_path_is_the_plain_path(kind: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = LoraLinear(layers()[kind](), r=4, init="gaussian_both").double()
+def test_the_fused_path_is_the_plain_path(
+    kind: str, shape: tuple[int, ...], variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = VARIANTS[variant](layers()[kind](), r=4, init="gaussian_both").double()
     x = random(*shape, grad=True)
     assert layer._plain(x)
-    parameters = [x, *layer.factors]
+    parameters = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    for parameter in parameters[1:]:
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
     y = layer(x)
     got = torch.autograd.grad(y.square().sum(), parameters)
     monkeypatch.setattr(LoraLinear, "_plain", lambda self, x: False)
@@ -121,8 +142,9 @@ def test_the_fused_path_is_the_plain_path(kind: str, shape: tuple[int, ...], mon
     torch.testing.assert_close(got, torch.autograd.grad(reference.square().sum(), parameters))
 
 
-def test_dropout_is_drawn_alike_on_both_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = LoraLinear(nn.Linear(6, 10), r=4, dropout=0.5, init="gaussian_both").double().train()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dropout_is_drawn_alike_on_both_paths(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = VARIANTS[variant](nn.Linear(6, 10), r=4, dropout=0.5, init="gaussian_both").double().train()
     x = random(7, 6, grad=True)
     results = []
     for path in ("fused", "plain"):
@@ -197,8 +219,10 @@ def test_gradient_checkpointing_changes_no_gradient(
     assert all(torch.equal(a, b) for a, b in zip(gradients(), plain, strict=True))
 
 
-def test_compiled_it_is_one_graph_with_the_same_gradients() -> None:
-    layer = LoraLinear(nn.Linear(6, 10), r=4, init="gaussian_both")
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("init", ["gaussian_both", "pissa"])
+def test_compiled_it_is_one_graph_with_the_same_gradients(init: str, variant: str) -> None:
+    layer = VARIANTS[variant](nn.Linear(6, 10), r=4, init=init)
     x = torch.randn(3, 6, requires_grad=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its own
@@ -223,6 +247,16 @@ def test_over_a_half_precision_base_factors_and_gradients_stay_fp32(dtype: torch
     for gradient, truth in zip(got, reference, strict=True):
         assert gradient.dtype == torch.float32
         assert (gradient - truth).norm() <= 0.02 * truth.norm()
+
+
+def test_a_gain_next_to_one_survives_bf16() -> None:
+    """A gain of 1.003 is 1 in bf16; what it adds is there all the same."""
+    base = nn.Linear(64, 64, bias=False).bfloat16()
+    layer = VARIANTS["dora"](base, r=2)
+    layer.lora_magnitude_vector.data.mul_(1.003)
+    x = torch.randn(512, 64).bfloat16()
+    learned = layer(x).double().abs().sum() / base(x).double().abs().sum() - 1
+    assert 0.002 < learned.item() < 0.004
 
 
 def test_only_x_and_the_thin_product_are_kept_for_the_backward() -> None:

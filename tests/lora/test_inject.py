@@ -18,6 +18,7 @@ import lorafit
 from lorafit import LoraConfig, LoraLinear, add_lora, find_targets, load_lora, merge_lora, unload_lora
 from lorafit.errors import LorafitError, NumericError, UsageError
 from lorafit.lora import inject
+from lorafit.lora.counts import Counts
 from lorafit.lora.inits import INITS, init
 
 Tiny = Callable[..., Any]
@@ -76,7 +77,7 @@ def test_the_tutorial_model_and_its_line(capsys: pytest.CaptureFixture[str]) -> 
 def test_the_tutorials_qwen(r: int, trainable: int, total: int) -> None:
     model = qwen_half_billion()
     plan = add_lora(model, LoraConfig(r=r))
-    assert lorafit.count_parameters(model) == inject.Counts(trainable, total)
+    assert lorafit.count_parameters(model) == Counts(trainable, total)
     assert (plan.trainable, plan.total) == (trainable, total)
     assert "model.layers.{0..23}.self_attn.q_proj" in str(plan)
     theirs = peft.get_peft_model(qwen_half_billion(), peft.LoraConfig(r=r, target_modules="all-linear"))
@@ -183,27 +184,31 @@ def test_patterns_reach_the_layers(tiny: Tiny) -> None:
 
 
 def test_the_plan_reads_well(tiny: Tiny) -> None:
-    plan = find_targets(tiny("mixtral"), LoraConfig(r=4, alpha=8, layers=(1,), train_modules=("norm",)))
+    config = LoraConfig(r=4, alpha=8, layers=(1,), exclude=("gate", "down_proj"), train_modules=("norm",))
+    plan = find_targets(tiny("mixtral"), config)
     assert str(plan).splitlines() == [
         "lora, init kaiming",
         "  model.layers.1.self_attn.q_proj  ×1   32 × 32   r=4, alpha=8",
         "  model.layers.1.self_attn.o_proj  ×1   32 × 32   r=4, alpha=8",
         "  model.layers.1.self_attn.k_proj  ×1   16 × 32   r=4, alpha=8",
         "  model.layers.1.self_attn.v_proj  ×1   16 × 32   r=4, alpha=8",
+        "  model.layers.1.mlp.experts.gate_up_proj  ×1   4 × 96 × 32   r=8, alpha=16",
         "  model.norm  ×1   trained in full",
-        f"trained: 928 of {plan.total:,} parameters ({100 * 928 / plan.total:.4f} %)",
-        f"not reachable by LoRA, stays frozen: 37,120 parameters ({100 * 37120 / plan.total:.1f} %)",
+        f"trained: 5,024 of {plan.total:,} parameters ({100 * 5024 / plan.total:.4f} %)",
+        f"not reachable by LoRA, stays frozen: 24,832 parameters ({100 * 24832 / plan.total:.1f} %)",
         "  model.layers.{0..1}.mlp.gate.weight  ×2",
-        "  model.layers.{0..1}.mlp.experts.gate_up_proj  ×2",
+        "  model.layers.0.mlp.experts.gate_up_proj  ×1",
         "  model.layers.{0..1}.mlp.experts.down_proj  ×2",
     ]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
-def test_experts_that_cannot_be_reached_are_named(family: str, tiny: Tiny) -> None:
+def test_experts_that_are_left_out_are_named(family: str, tiny: Tiny) -> None:
     changes = {"num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1, "head_dim": 8}
     model = tiny(family, **(changes if family != "mixtral" else {}))
-    plan = find_targets(model, LoraConfig())
+    assert not find_targets(model, LoraConfig()).unreachable
+    left_out: dict[str, Any] = {"exclude": ("experts", "gate")}
+    plan = find_targets(model, LoraConfig(**left_out))
     reached = {f"{target.name}.weight" for target in plan.targets}
     matrices = {
         name: parameter.numel()
@@ -212,7 +217,7 @@ def test_experts_that_cannot_be_reached_are_named(family: str, tiny: Tiny) -> No
     }
     assert any("experts" in name for name in plan.unreachable)
     assert dict(plan.unreachable) == {n: size for n, size in matrices.items() if n not in reached}
-    trained = find_targets(model, LoraConfig(train_modules=("mlp.gate",)))
+    trained = find_targets(model, LoraConfig(train_modules=("mlp.gate",), exclude=("experts",)))
     assert plan.unreachable.keys() - trained.unreachable.keys() == {
         name for name in matrices if name.endswith("mlp.gate.weight")
     }
@@ -335,11 +340,12 @@ def test_an_init_that_fails_half_way_leaves_the_model_alone(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_lora_disabled_is_the_base_bit_for_bit(
-    variant: str, family: str, tiny: Tiny, shaken: Tiny, token_ids: Tiny
+    variant: str, family: str, tiny: Tiny, shaken: Tiny, token_ids: Tiny, without_experts: Tiny
 ) -> None:
     model = tiny(family)
     raw = logits(model, token_ids())
-    add_lora(model, LoraConfig(r=4, variant=variant, train_modules=(_last_norm(model),)))
+    rest = without_experts(family) if variant == "dora" else {}
+    add_lora(model, LoraConfig(r=4, variant=variant, train_modules=(_last_norm(model),), **rest))
     shaken(model)
     adapted = logits(model, token_ids())
     with lorafit.lora_disabled(model):
@@ -360,13 +366,14 @@ def _last_norm(model: nn.Module) -> str:
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_merging_keeps_the_function_and_the_names(
-    variant: str, dtype: torch.dtype, family: str, tiny: Tiny, shaken: Tiny, token_ids: Tiny
+    variant: str, dtype: torch.dtype, family: str, tiny: Tiny, shaken: Tiny, token_ids: Tiny, without_experts: Tiny
 ) -> None:
     model = tiny(family).to(dtype)
     if family == "mixtral":
         model.set_experts_implementation("eager")  # the grouped product has no float64
     parameters = {name: p.requires_grad for name, p in model.named_parameters()}
-    add_lora(model, LoraConfig(r=4, variant=variant, train_modules=(_last_norm(model),)))
+    rest = without_experts(family) if variant == "dora" else {}
+    add_lora(model, LoraConfig(r=4, variant=variant, train_modules=(_last_norm(model),), **rest))
     shaken(model)
     adapted = logits(model, token_ids()).double()
     assert merge_lora(model) is model

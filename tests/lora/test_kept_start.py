@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafit import VARIANTS, LoraConfig, LoraLinear, add_lora, load_lora, merge_lora, save_lora
+from lorafit.adapter.peft_config import CONFIG
 from lorafit.adapter.peft_format import WEIGHTS
 from lorafit.errors import AdapterError, UsageError
 from lorafit.files import MANIFEST
@@ -87,12 +88,14 @@ def test_a_small_update_survives_bf16(kind: str, size: float) -> None:
     assert (layer(x).double() - expected).norm() < 0.01 * expected.norm()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), scales=st.tuples(*[st.integers(-12, 3)] * 2))
 def test_a_difference_gives_back_what_was_taken_away(seed: int, scales: tuple[int, int]) -> None:
+    """In bf16, too: with few digits the rare case comes up that a − (a − d) is a tie and rounds to another number."""
     torch.manual_seed(seed)
-    a, b = (torch.randn(400) * 2.0**scale for scale in scales)
-    assert torch.equal(a - subtrahend(a, a - b), a - b)
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = ((torch.randn(100_000) * 2.0**scale).to(dtype) for scale in scales)
+        assert torch.equal(a - subtrahend(a, a - b), a - b)
 
 
 @pytest.mark.parametrize("case", SETTINGS)
@@ -142,6 +145,17 @@ def test_a_mark_on_an_odd_rank_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).unlink()
     with pytest.raises(AdapterError, match=r"an odd rank has none: model\.layers\.0\.self_attn\.q_proj, "):
         load_lora(tiny("llama"), tmp_path)
+
+
+def test_experts_keep_no_start_whatever_a_file_says(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    add_lora(model, LoraConfig(r=2))
+    save_lora(model, tmp_path)
+    said = json.loads((tmp_path / CONFIG).read_text()) | {"init_lora_weights": "pissa"}
+    (tmp_path / CONFIG).write_text(json.dumps(said))
+    (tmp_path / MANIFEST).unlink()
+    with pytest.raises(AdapterError, match=r"a start that is kept, in what keeps none: model\.layers\.0\.mlp\."):
+        load_lora(tiny("mixtral"), tmp_path)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -36,7 +36,7 @@ def test_what_is_written_is_read_back_in_the_layers_own_dtype(kind: str, dtype: 
     layer = LAYERS[kind]().to(dtype).requires_grad_(False)
     old, new = layer.weight, torch.randn(5, 3)
     kept = old.clone()
-    write_weight(layer, new)
+    assert write_weight(layer, new) is layer
     assert torch.equal(read_weight(layer), new.to(dtype))
     assert layer.weight.is_contiguous()
     assert not layer.weight.requires_grad
@@ -79,9 +79,10 @@ def _(layer: Scaled) -> Tensor:
 
 
 @write_weight.register(Scaled)
-def _(layer: Scaled, weight: Tensor) -> None:
+def _(layer: Scaled, weight: Tensor) -> Scaled:
     layer.scales = weight.abs().amax(dim=1, keepdim=True) / 127
     layer.codes = (weight / layer.scales).round().to(torch.int8)
+    return layer
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])

@@ -30,6 +30,10 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "dora": ("llama", {"variant": "dora", "dropout": 0.2}, {}, {"max_grad_norm": None}),
     "a kept start": ("llama", {"init": "pissa", "variant": "dora"}, {}, {}),
     "in full": ("llama", {"train_modules": ("norm", "lm_head")}, {}, {"keep_best": False}),
+    "experts": ("mixtral", {}, {}, {}),
+    "rates": ("llama", {"train_modules": ("norm",)}, {}, {"lora_plus_ratio": 4.0, "lr_modules": 1e-3}),
+    "lora-fa": ("llama", {"dropout": 0.1}, {}, {"rule": "lora-fa", "neftune": 5.0}),
+    "riemannian": ("llama", {"variant": "dora"}, {"max_tokens_per_pack": 50}, {"rule": "riemannian", "neftune": 5.0}),
     "patience": ("llama", {}, {}, {"lr": 0.5, "patience": 1, "epochs": 4}),
 }
 Again = Callable[..., tuple[Result, dict[str, torch.Tensor]]]

@@ -28,10 +28,11 @@ SAME = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pyt
 def base_fingerprint(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Facts of `model` and values of some weights of its `layers`, as JSON holds them.
 
-    Weights that are not plain floating-point numbers (quantised, sharded, on the meta device) are left out.
+    Weights that are not plain floating-point numbers (quantised, sharded, on the meta device) are left out; of 8-bit
+    ones the scales are taken.
     """
     weights = dict(_dense_weights(layers))
-    values = {name: _packed(_sample(weights[name], VALUES)) for name in _spread(list(weights), LAYERS)}
+    values = {name: _packed(_sample(weights[name], VALUES)) for name in spread(list(weights), LAYERS)}
     return {"facts": _facts(model), "values": values}
 
 
@@ -43,20 +44,41 @@ def other_base(fingerprint: Any, model: nn.Module, layers: Mapping[str, nn.Modul
     of the two does not know is not compared. Raises ValueError if `fingerprint` is not one.
     """
     facts, values = _unpacked(fingerprint)
-    ours, weights = _facts(model), dict(_dense_weights(layers))
+    weights = dict(_dense_weights(layers))
+    now = {name: _sample(weights[name], len(was)) for name, was in values.items() if name in weights}
+    return _difference(facts, _facts(model), values, now)
+
+
+def other_bases(one: Any, two: Any) -> str | None:
+    """The same between two fingerprints: how the second base differs from the first."""
+    (facts, values), (other_facts, other_values) = _unpacked(one), _unpacked(two)
+    shared = {name: now for name, now in other_values.items() if name in values and len(now) == len(values[name])}
+    return _difference(facts, other_facts, values, shared)
+
+
+def join_fingerprints(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    """What either knows of the base that both were taken of."""
+    return {part: {**two[part], **one[part]} for part in ("facts", "values")}
+
+
+def _difference(
+    facts: Mapping[str, Any], other_facts: Mapping[str, Any], was: Mapping[str, Tensor], now: Mapping[str, Tensor]
+) -> str | None:
     for name, fact in facts.items():
-        if name in ours and not _same(fact, ours[name]):
-            return f"its {name} was {fact!r}, here it is {ours[name]!r}"
-    for name, was in values.items():
-        if name in weights:
-            now = _sample(weights[name], len(was))
-            if not torch.isclose(now, was, rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True).all():
-                return f"{name} has other values here"
+        if name in other_facts and not _same(fact, other_facts[name]):
+            return f"its {name} was {fact!r}, here it is {other_facts[name]!r}"
+    for name, values in now.items():
+        if not torch.isclose(values, was[name], rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True).all():
+            return f"{name} has other values here"
     return None
 
 
 def _facts(model: nn.Module) -> dict[str, str | int | float]:
-    config: Any = getattr(model, "config", None)
+    return facts_of(getattr(model, "config", None))
+
+
+def facts_of(config: Any) -> dict[str, str | int | float]:
+    """What a model's configuration says about its architecture."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = {name: getattr(config, name, None) for name in FACTS}
     return {name: SAME.get(str(v), v) for name, v in found.items() if isinstance(v, str | int | float)}
@@ -68,13 +90,13 @@ def _same(a: Any, b: Any) -> bool:
 
 def _dense_weights(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
     for name, layer in layers.items():
-        for key, weight in layer.named_parameters(name):
-            plain = type(weight) is nn.Parameter and not weight.is_meta and weight.dtype in DENSE
-            if plain and weight.numel() and key.endswith("weight"):
+        for key, weight in (*layer.named_parameters(name), *layer.named_buffers(name)):
+            plain = type(weight) in (nn.Parameter, Tensor) and not weight.is_meta and weight.dtype in DENSE
+            if plain and weight.numel() and (key.endswith(("weight", "scales")) or weight.ndim == 3):
                 yield key, weight.detach()
 
 
-def _spread(names: list[str], count: int) -> Iterable[str]:
+def spread(names: list[str], count: int) -> Iterable[str]:
     """`count` of `names`, the first, the last and evenly between."""
     last = len(names) - 1
     return names if last < count else [names[i * last // (count - 1)] for i in range(count)]

@@ -8,10 +8,8 @@ each, and what is in the weights file has to agree with it.
 
 import hashlib
 import json
-import math
 import re
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,19 +18,22 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorafit.adapter.patterns import BeyondRE2, first_matches
 from lorafit.adapter.untrusted import explained, open_file, parse, plain, shown
 from lorafit.config import LoraConfig, Names
 from lorafit.errors import AdapterError, UsageError, nearest
 from lorafit.lora import inject
+from lorafit.lora.experts import expert_weights
 from lorafit.lora.inject import Plan
+from lorafit.lora.layers import VARIANTS, LoraLinear
+from lorafit.lora.tokens import base_embedding, base_head
+from lorafit.lora.weights import is_readable
 
 CONFIG = "adapter_config.json"
 LONGEST_FILE = 2**20
 MOST_NAMES, LONGEST_NAME, LONGEST_PATTERN = 20_000, 1000, 100_000
 LARGEST_NUMBER = 10**9
 LARGEST_ALPHA = 65_504  # the scale has to be finite in fp16
-MATCHING_SECONDS = 2.0  # of the processor, for one field
-MATCHING_MEMORY = 8 * 2**20  # where 2000 layers with a pattern each take one second
 
 
 # --- the schema -----------------------------------------------------------------------------------
@@ -83,6 +84,10 @@ PATTERN = Kind(f"a pattern or a list of at most {MOST_NAMES:,} names", lambda va
 BLOCKS = Kind(
     "a block number or a list of them", lambda value: _whole(value, 0) or _list_of(lambda n: _whole(n, 0))(value)
 )
+TOKENS = Kind(
+    "a list of token ids, or an object of such lists",
+    lambda value: _list_of(lambda n: _whole(n, 0))(value) or _map_to(_list_of(lambda n: _whole(n, 0)))(value),
+)
 INIT = Kind("true, false or the name of an initialisation", lambda value: isinstance(value, bool) or _text(value))
 RANKS = Kind(f"an object of whole numbers from 1 to {LARGEST_NUMBER:,}", _map_to(_whole))
 ALPHAS = Kind(f"an object of numbers greater than 0 and at most {LARGEST_ALPHA:,}", _map_to(_alpha))
@@ -101,6 +106,8 @@ READ: dict[str, tuple[Any, Kind]] = {
     "r": (8, WHOLE),
     "rank_pattern": ({}, RANKS),
     "target_modules": (None, PATTERN),
+    "trainable_token_indices": (None, TOKENS),
+    "target_parameters": (None, NAMES),
     "use_dora": (False, FLAG),
     "use_rslora": (False, FLAG),
 }
@@ -134,15 +141,15 @@ UNSUPPORTED: dict[str, Any] = {
     "lora_bias": False,
     "megatron_config": None,
     "monteclora_config": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
 }
 KINDS = {name: kind for name, (_, kind) in (READ | HISTORY).items()}
 DEFAULTS: dict[str, Any] = {name: default for name, (default, _) in (READ | HISTORY).items()} | UNSUPPORTED
-# Initialisations that leave the base weight alone; for the others PEFT changes the base when it loads a file.
+# Initialisations that leave the base weight alone; for the others PEFT changes the base when it loads a file. It makes
+# these anew from the base, which gives the same change again; those that draw random numbers or look at data do not.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+MADE_ANEW = ("pissa", "olora")
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -176,7 +183,7 @@ def _problem(name: str, value: Any) -> str | None:
         return f"{said} is not supported; lorafit would compute something else than PEFT" if refused else None
     if not KINDS[name].fits(value) and (value is not None or name in NEEDED):
         return f"{said}: {KINDS[name].expected} is expected"
-    if name == "init_lora_weights" and value not in PLAIN_INITS:
+    if name == "init_lora_weights" and value not in PLAIN_INITS + MADE_ANEW:
         return (
             f"{said} belongs to a changed base model; "
             "convert the adapter in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)"
@@ -189,66 +196,70 @@ def _problem(name: str, value: Any) -> str | None:
 
 def describe(model: nn.Module, plan: Plan, base_model: str | None) -> dict[str, Any]:
     """The fields that say in PEFT's words what `plan` did to `model`."""
-    config = plan.config
     modules = inject.plain_modules(model)
     hf_config = getattr(model, "config", None)
     head = getattr(model, "get_output_embeddings", None)
     causal = callable(head) and head() is not None
-    names = [target.name for target in plan.targets]
+    key = _keys(plan, modules)
+    names = [name for name, said in key.items() if said == name and name in modules]
+    weights = [said for said in key.values() if said not in names]
+    return fields(
+        plan,
+        key,
+        base_model_name_or_path=base_model or getattr(hf_config, "_name_or_path", None) or None,
+        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in names),
+        target_modules=endings_or_regex(names, [n for n in modules if n not in plan.trained]),
+        target_parameters=_endings(weights, _parameter_names(modules)) or None,
+        task_type="CAUSAL_LM" if causal else None,
+        trainable_token_indices=_token_field(model, plan, modules),
+    )
+
+
+def fields(plan: Plan, called: Mapping[str, str] | None = None, **known: Any) -> dict[str, Any]:
+    """Every field for `plan`; `known` are those that only the model, or the file that it was read from, can tell.
+
+    `called` is what PEFT has to call the targets, where that is not their name.
+    """
+    config = plan.config
+    key = called or {target.name: target.name for target in plan.targets}
     said = DEFAULTS | {
-        "base_model_name_or_path": base_model or getattr(hf_config, "_name_or_path", None) or None,
-        "fan_in_fan_out": any(isinstance(modules[name], Conv1D) for name in names),
         "lora_alpha": _number(config.alpha),
         "lora_dropout": config.dropout,
         "modules_to_save": list(plan.trained) or None,
         "r": int(config.r),
-        "alpha_pattern": _disjoint({t.name: _number(t.alpha) for t in plan.targets}, _number(config.alpha)),
-        "rank_pattern": _disjoint({t.name: t.r for t in plan.targets}, config.r),
-        "target_modules": _endings_or_regex(names, [n for n in modules if n not in plan.trained]),
-        "task_type": "CAUSAL_LM" if causal else None,
+        "alpha_pattern": _disjoint({key[t.name]: _number(t.alpha) for t in plan.targets}, _number(config.alpha)),
+        "rank_pattern": _disjoint({key[t.name]: t.r for t in plan.targets}, config.r),
         "use_dora": config.variant == "dora",
         "use_rslora": bool(config.rslora),
+        **known,
     }
     if problem := next(filter(None, (_problem(*field) for field in said.items())), None):
         raise UsageError(f"this adapter cannot be saved in PEFT's format: {problem}")
     return said
 
 
-def widened(plan: Plan, names: Collection[str]) -> Plan:
-    """`plan` with twice the rank in the layers `names`, and the alpha that leaves their scale as it is.
+def in_pefts_words(plan: Plan) -> Plan:
+    """`plan` with the formula that PEFT has for it; UsageError if it has none.
 
-    PEFT has no words for a layer that learns the difference to its start (A0, B0), but for a pair of twice the rank.
+    Whatever a formula does to A and B, as long as it ends in W + s·B'·A' the pair B', A' is plain LoRA in a file.
     """
-    factor = 2**0.5 if plan.config.rslora else 2
-    return _resized(plan, names, lambda r: 2 * r, lambda alpha: factor * alpha)
+    kind = VARIANTS[plan.config.variant]
+    if plan.config.variant == "dora":
+        return plan
+    if kind.merged_weight is not LoraLinear.merged_weight:
+        raise UsageError(
+            f"variant '{plan.config.variant}' is not W + s·B·A: PEFT's format has no words for it; merge it instead"
+        )
+    return replace(plan, config=replace(plan.config, variant="lora"))
+# In a model with stacks of experts PEFT 0.21 takes these for the experts of older checkpoints, wherever they are.
+OLD_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
-def narrowed(plan: Plan, names: Collection[str]) -> Plan:
-    """The plan that `widened` made this of."""
-
-    def alpha_before(wide: float) -> float:
-        if not plan.config.rslora:
-            return wide / 2
-        near = wide / 2**0.5  # the root is not exact: of the numbers that give `wide` again, the simplest
-        found = [a for a in (near, math.nextafter(near, 0), math.nextafter(near, math.inf)) if 2**0.5 * a == wide]
-        return min(found or [near], key=lambda a: len(repr(a)))
-
-    return _resized(plan, names, lambda r: r // 2, alpha_before)
-
-
-def _resized(
-    plan: Plan, names: Collection[str], rank: Callable[[int], int], alpha: Callable[[float], float]
-) -> Plan:
-    """`plan` with other ranks and alphas in the layers `names`."""
-    targets = tuple(replace(t, r=rank(t.r), alpha=alpha(t.alpha)) if t.name in names else t for t in plan.targets)
-    config = replace(plan.config, r=rank(plan.config.r), alpha=alpha(plan.config.alpha))
-    config = replace(
-        config,
-        rank_pattern={t.name: t.r for t in targets if t.r != config.r},
-        alpha_pattern={t.name: t.alpha for t in targets if t.alpha != config.alpha},
-    )
-    more = sum((new.r - old.r) * sum(new.shape) for new, old in zip(targets, plan.targets, strict=True))
-    return replace(plan, config=config, targets=targets, trainable=plan.trainable + more, total=plan.total + more)
+def _keys(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """What PEFT has to call the targets: a layer by its weight where it would take the name for another's."""
+    plain_lora = plan.config.variant == "lora" and not plan.config.dropout
+    mistaken = {n for n in modules if _last(n) in OLD_EXPERTS} if plain_lora and expert_weights(modules) else set()
+    return {t.name: f"{t.name}.weight" if t.name in mistaken else t.name for t in plan.targets}
 
 
 def meaning(plan: Plan) -> str:
@@ -261,22 +272,37 @@ def meaning(plan: Plan) -> str:
         "trained": sorted(plan.trained),
         "variant": plan.config.variant,
         "rslora": plan.config.rslora,
-    }
+    } | ({"tokens": {name: list(ids) for name, ids in plan.tokens.items()}} if plan.tokens else {})
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _token_field(model: nn.Module, plan: Plan, modules: Mapping[str, nn.Module]) -> Any:
+    """A list means the embedding, and a head that is tied to it; anything else is said by layer."""
+    embedding = base_embedding(model)
+    if [modules[name] for name in plan.tokens] == [embedding]:
+        return list(plan.config.train_tokens)
+    return {name: list(ids) for name, ids in plan.tokens.items()} or None
 
 
 def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _endings_or_regex(names: Collection[str], modules: Iterable[str]) -> list[str] | str:
+def endings_or_regex(names: Collection[str], modules: Iterable[str]) -> list[str] | str:
     """The shortest list of name endings that matches exactly `names` among `modules`, by PEFT's rule."""
     others = set(modules) - set(names)
     shared = {_last(name) for name in others}
     chosen = {name if _last(name) in shared else _last(name) for name in names}
-    if any(not chosen.isdisjoint(_tails(name)) for name in others):
+    if any(not chosen.isdisjoint(tails(name)) for name in others):
         return "|".join(re.escape(name) for name in sorted(names))  # a full name that also ends another one
     return sorted(chosen)
+
+
+def _endings(names: Collection[str], known: Iterable[str]) -> list[str]:
+    """A short list of name endings that matches exactly `names` among `known`; PEFT has no patterns for these."""
+    others = {tail for name in set(known) - set(names) for tail in tails(name)}
+    shortest = [next((tail for tail in reversed([*tails(name)]) if tail not in others), name) for name in names]
+    return sorted(set(shortest))
 
 
 def _disjoint(values: Mapping[str, float], default: float) -> dict[str, float]:
@@ -302,7 +328,7 @@ def _last(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _tails(name: str) -> Iterator[str]:
+def tails(name: str) -> Iterator[str]:
     """`a.b.c`, `b.c`, `c`"""
     yield name
     while "." in name:
@@ -320,19 +346,26 @@ def plan_for(model: nn.Module, raw: Mapping[str, Any], tensors: Collection[str],
     """
     modules = inject.plain_modules(model)
     layers = raw["layers_to_transform"]
+    entries = set(raw["target_parameters"] or [])
+    weights = [name for name in _parameter_names(modules) if not entries.isdisjoint(tails(name))]
+    # The weight of a linear layer is that layer.
+    key = {n.removesuffix(".weight"): n for n in weights if is_readable(modules[n.rpartition(".")[0]])}
     try:
         config = LoraConfig(
             r=raw["r"],
             alpha=raw["lora_alpha"],
             dropout=raw["lora_dropout"],
-            targets=_targets(raw["target_modules"], modules, tensors),
+            targets=_targets(raw["target_modules"], modules, tensors, key),
+            parameters=tuple(name for name in weights if name not in key.values()),
             exclude=_exactly(_named("exclude_modules", raw["exclude_modules"] or [], modules), modules),
             layers=None if layers in (None, []) else tuple(layers) if isinstance(layers, list) else (layers,),
             variant="dora" if raw["use_dora"] else "lora",
             rslora=raw["use_rslora"],
             train_modules=_trained(raw["modules_to_save"] or [], modules, tensors),
+            **_tokens(model, raw["trainable_token_indices"], modules),
         )
-        names = [target.name for target in inject.find_targets(model, config, strict=False).targets]
+        found = inject.find_targets(model, config, strict=False).targets
+        names = {target.name: key.get(target.name, target.name) for target in found}
         config = replace(
             config,
             rank_pattern=_spelled_out("rank_pattern", raw["rank_pattern"], names, raw["r"]),
@@ -343,32 +376,39 @@ def plan_for(model: nn.Module, raw: Mapping[str, Any], tensors: Collection[str],
         raise AdapterError(f"{where}: {CONFIG} does not fit this model: {plain(error)}") from error
 
 
-def _targets(value: str | list[str] | None, modules: Collection[str], tensors: Collection[str]) -> Names:
+def _targets(
+    value: str | list[str] | None, modules: Collection[str], tensors: Collection[str], more: Iterable[str]
+) -> Names:
+    """The layers that `target_modules` names, and `more`."""
     if isinstance(value, str) and value.lower() == "all-linear":
         return value
     if value is not None:
-        with suppress(_BeyondRE2):
+        with suppress(BeyondRE2):
             found = _named("target_modules", value, modules)
             if value and not found:
                 raise UsageError(f"target_modules={shown(value)} names no layer of it")
-            return _exactly(found, modules)
+            return _exactly([*found, *more], modules)
     # For None PEFT looks in a table of model types; the tensors themselves know better. They also know what a pattern
     # stands for that RE2 cannot take.
     held = dict.fromkeys(key.split(".lora_")[0] for key in tensors if ".lora_" in key)
     return _exactly([name for name in held if name in modules], modules)
 
 
+def _parameter_names(modules: Mapping[str, nn.Module]) -> list[str]:
+    return [name for module, found in modules.items() for name, _ in found.named_parameters(module, recurse=False)]
+
+
 def _named(field: str, value: str | list[str], modules: Iterable[str]) -> list[str]:
     """The modules that a pattern or a list in a file names. PEFT takes any text as a pattern, 'q_proj' included."""
     if isinstance(value, str):
-        return list(_first_matches(field, [value], modules))
+        return list(first_matches(field, [value], modules))
     entries = set(value)
-    return [name for name in modules if not entries.isdisjoint(_tails(name))]
+    return [name for name in modules if not entries.isdisjoint(tails(name))]
 
 
 def _exactly(names: Collection[str], modules: Iterable[str]) -> Names:
     """`names` and no other of `modules`, in the words of LoraConfig; nothing in them is a pattern from a file."""
-    said = _endings_or_regex(names, modules)
+    said = endings_or_regex(names, modules)
     return f"(?:{said})" if isinstance(said, str) else tuple(said)
 
 
@@ -379,82 +419,35 @@ def _trained(endings: list[str], modules: Mapping[str, nn.Module], tensors: Coll
     return tuple(held or ending)
 
 
-def _spelled_out(field: str, pattern: Mapping[str, Any], names: list[str], default: float) -> dict[str, Any]:
-    """PEFT takes the first key that matches, in the file's order: the outcome, one full name per layer."""
+def _tokens(model: nn.Module, value: Any, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """The fields of LoraConfig that say which rows are trained, and in which layers."""
+    if not value:
+        return {}
+    embedding, head = base_embedding(model), base_head(model)
+    if isinstance(value, list):
+        ids, found = value, [name for name, module in modules.items() if module is embedding]
+    else:
+        ids = next(iter(value.values()))
+        ending = [name for name in modules if name.endswith(tuple(value)) and modules[name] in (embedding, head)]
+        found = ending if all(other == ids for other in value.values()) else []
+    if not found:
+        raise UsageError(f"trainable_token_indices={shown(value)}: the same tokens of embedding and head are expected")
+    return {"train_tokens": tuple(ids), "token_layers": tuple(found)}
+
+
+def patterned(field: str, raw: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """The rank or alpha of each of the layers `names`: `field` is rank_pattern or alpha_pattern."""
+    default = raw["r" if field == "rank_pattern" else "lora_alpha"]
+    return dict.fromkeys(names, default) | _spelled_out(field, raw[field], {name: name for name in names}, default)
+
+
+def _spelled_out(field: str, pattern: Mapping[str, Any], names: Mapping[str, str], default: float) -> dict[str, Any]:
+    """PEFT takes the first key that matches, in the file's order: the outcome, one full name per layer.
+
+    `names` gives for our name the one that PEFT matches.
+    """
     if not pattern:
         return {}
     values = list(pattern.values())
-    first = _first_matches(field, list(pattern), names, r"(.*\.)?(KEY)$")
-    return {name: values[first[name]] if name in first else default for name in names}
-
-
-# --- patterns from a file -------------------------------------------------------------------------
-
-# Look-around, back-references and the like, for which Python's matcher may take forever.
-BEYOND_RE2 = ("invalid perl operator", "invalid escape", "invalid named", "invalid repetition", "bad repetition")
-# What RE2 and Python read differently, so that it is never taken for something else: a{,3} [[:alpha:]] \12 \w of ä
-READ_DIFFERENTLY = re.compile(r"\{,|\[:|\\[1-9]|[^\x00-\x7f]")
-
-
-class _BeyondRE2(UsageError):
-    """A pattern that may well be one, but not for RE2."""
-
-
-def _first_matches(field: str, patterns: Sequence[str], names: Iterable[str], frame: str = "KEY") -> dict[str, int]:
-    """For each name that one of `patterns` matches, the number of the first that does.
-
-    A plain pattern has to match all of a name; one in a `frame`, which takes the place of KEY there, from its start.
-    """
-    too_costly = UsageError(f"{field}={shown(patterns[0])} is too costly to match: list the layers by name")
-    rules = _automaton(field, patterns, frame)
-    if rules is None:
-        raise too_costly
-    end, found = time.thread_time() + MATCHING_SECONDS, {}
-    for name in names:
-        first = min(rules.Match(name) or [-1])
-        if first < 0 or time.thread_time() > end:
-            raise too_costly
-        if first < len(patterns):
-            found[name] = first
-    return found
-
-
-def _automaton(field: str, patterns: Sequence[str], frame: str) -> Any:
-    """All patterns in one, and behind them one that matches everything: should it not, the memory has run out.
-
-    None if it has run out already.
-    """
-    import re2
-
-    options = re2.Options()
-    options.log_errors, options.never_capture, options.max_mem = False, True, MATCHING_MEMORY
-    rules = re2.Set.FullMatchSet(options) if frame == "KEY" else re2.Set.MatchSet(options)
-    for pattern in patterns:
-        said = f"{field}={shown(pattern)}"
-        framed = frame.replace("KEY", pattern)
-        if READ_DIFFERENTLY.search(pattern):
-            raise _BeyondRE2(f"{said} means one thing to RE2 and another to Python: list the layers by name")
-        try:
-            rules.Add(framed)
-        except re2.error:
-            reason = _reason(framed, options)
-            if reason.startswith(BEYOND_RE2):
-                raise _BeyondRE2(f"{said} might be matched forever ({reason}): list the layers by name") from None
-            raise UsageError(f"{said} is no regular expression ({reason})") from None
-    try:
-        rules.Add(".*")
-        rules.Compile()
-        return rules
-    except re2.error:
-        return None
-
-
-def _reason(pattern: str, options: Any) -> str:
-    """What RE2 has against `pattern`; a set of patterns does not say."""
-    import re2
-
-    try:
-        re2.compile(pattern, options)
-    except re2.error as error:
-        return plain(error.args[0].decode(errors="replace"), 80)
-    return "too large"
+    first = first_matches(field, list(pattern), names.values(), r"(.*\.)?(KEY)$")
+    return {name: values[first[said]] if said in first else default for name, said in names.items()}

@@ -8,11 +8,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorafit.app import options, signals
+from lorafit.app import adapters, merging, options, sharing, signals
+from lorafit.app.common import OutConfig, base, make_console, need, say, source, with_adapter
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict, knob
 from lorafit.errors import Interrupted, LorafitError, ModelError, UsageError, nearest
 
@@ -20,10 +21,10 @@ from lorafit.errors import Interrupted, LorafitError, ModelError, UsageError, ne
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutConfig:
-    """Where the result goes"""
+class TokensConfig:
+    """Words that the tokenizer shall know"""
 
-    out: str = knob("", "folder to write")
+    new_tokens: tuple[str, ...] = knob((), "tokens to add, whose rows are trained, beside --train-tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,19 @@ class ResumeConfig:
     """A run that was cut off"""
 
     resume: bool = knob(False, "go on with the run in --out, with its settings, from its newest whole checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FollowConfig:
+    """How the run can be followed, and what is kept of it"""
+
+    track: tuple[str, ...] = knob((), "also tell tensorboard, wandb or trackio of each step (where installed)")
+    samples: int = knob(3, "rows whose answers without and with the adapter are kept for `lorafit report`")
+    sample_tokens: int = knob(64, "longest of these answers in tokens")
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.sample_tokens < 0:
+            raise UsageError("samples and sample_tokens must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,62 +98,98 @@ def demo(config: DemoConfig) -> None:
 
 
 def train(
-    model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, out: OutConfig, again: ResumeConfig
+    model: ModelConfig,
+    lora: LoraConfig,
+    tokens: TokensConfig,
+    data: DataConfig,
+    training: TrainConfig,
+    follow: FollowConfig,
+    out: OutConfig,
+    again: ResumeConfig,
 ) -> None:
     """Fine-tune a model on a data file; save the adapter, the settings, the log and the loss curve."""
     need("train", model=model.model, data=data.data, out=out.out)
-    if model.adapter and lora != LoraConfig():
+    if model.adapter and (lora, tokens) != (LoraConfig(), TokensConfig()):
         raise UsageError("an adapter brings its own settings: with --adapter leave the LoRA flags out")
     from lorafit.app import runs
+    from lorafit.app.trackers import check_trackers
     from lorafit.files import sweep
     from lorafit.locks import lock
 
+    check_trackers(follow.track)
     folder = Path(out.out)
     with lock(folder):
         sweep(folder)
         runs.check_free(folder, again.resume)
-        fine_tune(model, lora, data, training, folder, again.resume)
+        fine_tune(model, lora, tokens, data, training, follow, folder, again.resume)
 
 
 def fine_tune(
-    model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, folder: Path, resume: bool
+    model: ModelConfig,
+    lora: LoraConfig,
+    tokens: TokensConfig,
+    data: DataConfig,
+    training: TrainConfig,
+    follow: FollowConfig,
+    folder: Path,
+    resume: bool,
 ) -> None:
     """What `train` does in `folder`, which is its own."""
     import torch
 
     from lorafit.adapter.peft_format import load_lora, save_lora
-    from lorafit.app import rows, runs
-    from lorafit.lora.inject import add_lora
+    from lorafit.app import rows, runs, starts
+    from lorafit.app.about import about
+    from lorafit.app.trackers import following
+    from lorafit.files import write_json
+    from lorafit.lora.tokens import enlarge
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
+    from lorafit.training.checkpoint import whole_states
 
     console = make_console()
-    examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), training.seed)
+    tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
+    asked = with_tokens(lora, tokens, tokenizer)
+    examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
     net, _ = load_model(**base(model))
-    torch.manual_seed(training.seed)  # the start of A
-    plan = load_lora(net, model.adapter, force_base=model.force_base) if model.adapter else add_lora(net, lora)
-    console.print(f"{plan}\n{rows.summary(examples, held_out)}")
+    enlarge(net, len(tokenizer) if tokens.new_tokens else 0)
     batches = rows.make_batches(examples, data, seed=training.seed)
+    torch.manual_seed(training.seed)  # the start of A
+    if model.adapter:
+        plan = load_lora(net, model.adapter, force_base=model.force_base)
+    else:
+        restored = resume and bool(whole_states(folder / runs.CHECKPOINTS))
+        plan = starts.put_in(net, asked, batches, console.print, restored=restored)
+        lora = replace(plan.config, train_tokens=lora.train_tokens)  # with the ranks that the data asked for
+    console.print(f"{plan}\n{rows.summary(examples, held_out)}")
     evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
-    settings = as_dict(model, lora, data, training, OutConfig(out=str(folder)))
+    settings = as_dict(model, lora, tokens, data, training, follow, OutConfig(out=str(folder)))
     done = runs.start(folder, settings, resume=resume)
-    place = {"resume" if resume else "checkpoints": folder / runs.CHECKPOINTS}
-    with signals.noted(), runs.progress(console, loop.count_steps(training, batches), folder / runs.LOG, done) as show:
-        result = loop.train(
-            net,
-            batches,
-            training,
-            evaluation=evaluation,
-            **place,
-            on_step=show,
-            on_note=console.print,
-            stop=signals.reason,
-        )
-    adapter = save_lora(net, folder / runs.ADAPTER, base_model=model.model)
-    runs.draw_losses(result.history, folder / runs.PICTURE, title=f"{model.model} on {data.data}")
-    console.print(runs.epochs_table(result.epoch_losses, result.evaluations, batches.steps_per_epoch))
-    console.print(f"adapter {adapter}, log {folder / runs.LOG}, picture {folder / runs.PICTURE}")
-    console.print(f"talk to it: lorafit chat --model {model.model} --adapter {adapter}")
+    wiring: dict[str, Any] = {"resume" if resume else "checkpoints": folder / runs.CHECKPOINTS}
+    steps = loop.count_steps(training, batches)
+    with (
+        following(follow.track, folder, settings, done, console.print) as tell,
+        signals.noted(),
+        runs.progress(console, steps, folder / runs.LOG, done, tell) as show,
+    ):
+        wiring |= {"on_step": show, "on_note": console.print, "stop": signals.reason}
+        result = loop.train(net, batches, training, evaluation=evaluation, **wiring)
+    beside = tokenizer if plan.tokens else None
+    save_lora(net, folder / runs.ADAPTER, base_model=model.model, tokenizer=beside)
+    kept: dict[str, Any] = {"settings": settings, "count": follow.samples, "tokens": follow.sample_tokens}
+    write_json(folder / runs.ABOUT, about(net, tokenizer, plan, examples, held_out, **kept))
+    tell_result(console, model.model, data.data, folder, result, batches.steps_per_epoch)
+
+
+def tell_result(console: Any, model: str, data: str, folder: Path, result: Any, steps_per_epoch: int) -> None:
+    """The end of `train`: the curve as a picture, the epochs as a table, and what can be done with it now."""
+    from lorafit.app import runs
+
+    runs.draw_losses(result.history, folder / runs.PICTURE, title=f"{model} on {data}")
+    console.print(runs.epochs_table(result.epoch_losses, result.evaluations, steps_per_epoch))
+    console.print(f"adapter {folder / runs.ADAPTER}, log {folder / runs.LOG}, picture {folder / runs.PICTURE}")
+    console.print(f"talk to it: lorafit chat --model {model} --adapter {folder / runs.ADAPTER}")
+    console.print(f"show it: lorafit report {folder}")
 
 
 def evaluate(model: ModelConfig, data: DataConfig, seed: SeedConfig) -> None:
@@ -154,7 +204,8 @@ def evaluate(model: ModelConfig, data: DataConfig, seed: SeedConfig) -> None:
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
 
-    examples, held_out = rows.read_rows(model, data, load_tokenizer(**source(model)), seed.seed)
+    tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
+    examples, held_out = rows.read_rows(model, data, tokenizer, seed.seed)
     batches = rows.make_batches(held_out or examples, data, shuffle=False)
     net, _ = load_model(**with_adapter(model))
     with lora_disabled(net):
@@ -209,28 +260,14 @@ def chat(model: ModelConfig, talk: TalkConfig, answers: AnswerConfig) -> None:
             messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
-def merge(model: ModelConfig, out: OutConfig) -> None:
-    """Add the adapter to the weights and save a plain model folder that needs no lorafit."""
-    need("merge", model=model.model, adapter=model.adapter, out=out.out)
-    from lorafit.files import check_replaceable, need_space
-    from lorafit.lora.inject import merge_lora
-    from lorafit.model.compare import compare, probe
-    from lorafit.model.load import load_model, save_model
-
-    check_replaceable(out.out, replaces=())
-    net: Any
-    net, tokenizer = load_model(**with_adapter(model))
-    need_space(Path(out.out), sum(p.nbytes for p in net.parameters()))
-    before = probe(net, tokenizer)
-    merge_lora(net)
-    difference = compare(before, probe(net, tokenizer, like=before))
-    save_model(net, tokenizer, out.out, replaces=())
-    console = make_console()
-    console.print(f"adapter and merged model on {len(before.rows)} prompts: {difference}")
-    console.print(f"merged model {out.out}, in {net.dtype} (--dtype for another precision)")
-
-
-def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: TrainConfig, show: ShowConfig) -> None:
+def inspect(
+    model: ModelConfig,
+    lora: LoraConfig,
+    tokens: TokensConfig,
+    data: DataConfig,
+    training: TrainConfig,
+    show: ShowConfig,
+) -> None:
     """Show what would be trained, and on which tokens, before any compute; with --data alone: check the rows."""
     if data.data and not model.model:
         from lorafit.app.rows import counted
@@ -241,25 +278,42 @@ def inspect(model: ModelConfig, lora: LoraConfig, data: DataConfig, training: Tr
         return print(summary)
     need("inspect", model=model.model)
     from lorafit.adapter.peft_format import load_lora
-    from lorafit.app import rows
+    from lorafit.app import rows, starts
     from lorafit.app.memory import estimate
-    from lorafit.lora.inject import add_lora
-    from lorafit.model.load import load_skeleton, load_tokenizer, resolve_device
+    from lorafit.lora.inits import find_init
+    from lorafit.lora.tokens import enlarge
+    from lorafit.model.load import load_model, load_skeleton, load_tokenizer, resolve_device
 
     console = make_console()
     skeleton = load_skeleton(**base(model))
+    if tokens.new_tokens or data.data:
+        tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
+        lora = with_tokens(lora, tokens, tokenizer)
+    rows_needed = len(tokenizer) if tokens.new_tokens else 0
+    enlarge(skeleton, rows_needed)
+    batches = None
+    if data.data:
+        examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
+        batches = rows.make_batches(examples, data, seed=training.seed)
+    init = find_init(lora.init)
+    if not model.adapter and (init.start == "kept" or init.statistic):  # what it does is in the weights
+        net, _ = load_model(**base(model))
+        enlarge(net, rows_needed)
+        lora, made = starts.looked_at(net, lora, batches, console.print)
+        for line in starts.described(net, lora, made) if init.start == "kept" else ():
+            console.print(line)
+        del net
     plan = (
-        load_lora(skeleton, model.adapter, force_base=model.force_base) if model.adapter else add_lora(skeleton, lora)
+        load_lora(skeleton, model.adapter, force_base=model.force_base)
+        if model.adapter
+        else starts.laid_out(skeleton, lora)
     )
     console.print(str(plan))
     device = resolve_device(model.device)
-    if not data.data:
+    if batches is None:
         console.print(estimate(skeleton, data.batch_size * data.max_length, device, training.checkpointing))
     else:
-        tokenizer = load_tokenizer(**source(model))
-        examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
-        tokens = rows.largest_pass(rows.make_batches(examples, data, seed=training.seed))
-        console.print(estimate(skeleton, tokens, device, training.checkpointing))
+        console.print(estimate(skeleton, rows.largest_pass(batches), device, training.checkpointing))
         console.print(rows.summary(examples, held_out))
         for example in examples[: show.rows]:
             console.print(f"\n{example.source}")
@@ -271,44 +325,27 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "eval": evaluate,
     "chat": chat,
-    "merge": merge,
+    "merge": merging.merge,
     "inspect": inspect,
+    "combine": adapters.combine,
+    "resize": adapters.resize,
+    "extract": adapters.extract,
+    "diff": adapters.diff,
+    "export": adapters.export,
+    "check": adapters.check,
+    "push": sharing.push,
+    "report": sharing.report,
 }
 
 # --- what they share ---------------------------------------------------------------------------------
 
 
-def need(verb: str, **values: str | None) -> None:
-    """Refuse a command line that lacks one of `values`."""
-    for name, value in values.items():
-        if not value:
-            raise UsageError(f"{verb} needs --{name} (lorafit {verb} --help)")
+def with_tokens(lora: LoraConfig, tokens: TokensConfig, tokenizer: Any) -> LoraConfig:
+    """`lora` with the new tokens among those that are trained; `tokenizer` knows them from here on."""
+    from lorafit.lora.tokens import know
 
-
-def source(model: ModelConfig) -> dict[str, Any]:
-    """Where the base model comes from, as keywords of lorafit.model.load."""
-    return {"name": model.model, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
-
-
-def base(model: ModelConfig) -> dict[str, Any]:
-    """The same with its precision and device."""
-    return {**source(model), "dtype": model.dtype, "device": model.device}
-
-
-def with_adapter(model: ModelConfig) -> dict[str, Any]:
-    """The same with its adapter."""
-    return {**base(model), "adapter": model.adapter, "force_base": model.force_base}
-
-
-def make_console() -> Any:
-    """Plain text comes out as it is: nothing wrapped, nothing in brackets taken for markup."""
-    from rich.console import Console
-
-    return Console(markup=False, highlight=False, soft_wrap=True)
-
-
-def say(text: str) -> None:
-    print(text, end="", flush=True)
+    ids = (*lora.train_tokens, *know(tokenizer, tokens.new_tokens)) if tokens.new_tokens else lora.train_tokens
+    return replace(lora, train_tokens=tuple(dict.fromkeys(ids)))
 
 
 def typed() -> Iterator[str]:

@@ -11,6 +11,7 @@ for a mapping, no TOML and no help from field metadata; its errors take several 
 import argparse
 import dataclasses
 import inspect
+import keyword
 import math
 import types
 import typing
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 from lorafit.errors import UsageError, nearest
 
 Verb = Callable[..., None]
+BARE = "_bare"
 SWITCH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
 
@@ -46,6 +48,16 @@ def read(
         values |= {key: convert(given[key], hints[key], _flag(key)) for key in hints if key in given}
         keywords[parameter] = cls(**values)
     return keywords
+
+
+def bare(*options: str) -> Callable[[Verb], Verb]:
+    """Words without a flag before them are these options of the verb, in this order; `name*` takes all that follow."""
+
+    def mark(verb: Verb) -> Verb:
+        setattr(verb, BARE, options)
+        return verb
+
+    return mark
 
 
 def configs(verb: Verb) -> dict[str, Any]:
@@ -87,6 +99,7 @@ def read_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a config file holds 'name: value' lines, not a {type(values).__name__}")
     names = {str(name).replace("-", "_"): value for name, value in values.items()}
+    names = {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in names.items()}
     known = list(known)
     for name in names:
         if name not in known:
@@ -171,13 +184,15 @@ WORDS = {
 
 
 def _parser(name: str, verb: Verb) -> "_Parser":
+    bare_words: tuple[str, ...] = getattr(verb, BARE, ())
     parser = _Parser(
         prog=name,
-        usage=f"lorafit {name} --name value …",
+        usage=" ".join([f"lorafit {name}", *(f"[{word}]".upper() for word in bare_words), "--name value …"]),
         description=verb.__doc__,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.bare = bare_words
     parser.add_argument("--config", metavar="FILE", help="TOML or YAML file with any of these; flags overrule it")
     for cls in configs(verb).values():
         group = parser.add_argument_group((cls.__doc__ or "").rstrip("."))
@@ -215,7 +230,7 @@ def _metavar(hint: Any) -> str:
 
 
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")  # `for_`: Python keeps the word for itself
 
 
 def _hyphens(argument: str) -> str:
@@ -227,14 +242,21 @@ def _hyphens(argument: str) -> str:
 class _Parser(argparse.ArgumentParser):
     """argparse, but every complaint is raised, in one line and with the nearest name."""
 
+    bare: tuple[str, ...] = ()
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = self.parse_known_args(args, namespace)
+        free = [name for name in self.bare if not hasattr(found, name.rstrip("*"))]
         for word in rest:
             flag = word.partition("=")[0]
-            if not flag.startswith("-"):
+            if flag.startswith("-"):
+                known = [name for name in self._option_string_actions if name.startswith("--")]
+                self.error(f"unknown flag '{flag}'{nearest(flag, known)}")
+            if not free:
                 self.error(f"'{word}' belongs to no flag: everything is given as --name value")
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            self.error(f"unknown flag '{flag}'{nearest(flag, known)}")
+            name, many = free[0].rstrip("*"), free[0].endswith("*")
+            setattr(found, name, f"{getattr(found, name)},{word}" if hasattr(found, name) else word)
+            free = free if many else free[1:]
         return found
 
     def error(self, message: str) -> NoReturn:

@@ -4,13 +4,15 @@ out/adapter/      the adapter, in PEFT's format
 out/checkpoints/  the newest states of the run, to go on from
 out/config.yaml   every setting, as resolved; `--config` reads it again
 out/log.jsonl     one JSON object per optimizer step
+out/about.json    what the data were, what was learned, and answers from before and after
 out/loss.png      the picture of it
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,18 @@ from rich.console import Console
 from rich.table import Table
 
 from lorafit.app.rows import EVERY
-from lorafit.errors import CheckpointError, DiskError
+from lorafit.errors import CheckpointError, DiskError, UsageError
 from lorafit.files import append_line, write_text
-from lorafit.training.checkpoint import saved_records, state_folders
 
 Record = Mapping[str, Any]
 ADAPTER, CHECKPOINTS, CONFIG, LOG, PICTURE = "adapter", "checkpoints", "config.yaml", "log.jsonl", "loss.png"
+ABOUT = "about.json"
 
 
 def check_free(folder: Path, resume: bool = False) -> None:
     """Refuse to begin a run where there is one already."""
+    from lorafit.training.checkpoint import state_folders
+
     if resume:
         return
     if (folder / ADAPTER).exists():
@@ -40,6 +44,8 @@ def start(folder: Path, settings: Mapping[str, Any], resume: bool = False) -> in
     """Make the folder of a run, with its settings and the log so far; returns how many steps stand in it."""
     import yaml
 
+    from lorafit.training.checkpoint import saved_records
+
     check_free(folder, resume)
     records = saved_records(folder / CHECKPOINTS) if resume else []
     if not records:
@@ -50,8 +56,10 @@ def start(folder: Path, settings: Mapping[str, Any], resume: bool = False) -> in
 
 
 @contextmanager
-def progress(console: Console, steps: int, log: Path, done: int = 0) -> Iterator[Callable[[Record], None]]:
-    """Yields the `on_step` that logs each record and shows it: as a bar, or in a line now and then."""
+def progress(
+    console: Console, steps: int, log: Path, done: int = 0, tell: Callable[[Record], None] = lambda record: None
+) -> Iterator[Callable[[Record], None]]:
+    """Yields the `on_step` that logs each record, tells it, and shows it: as a bar, or in a line now and then."""
     if console.is_terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -66,6 +74,7 @@ def progress(console: Console, steps: int, log: Path, done: int = 0) -> Iterator
 
             def draw(record: Record) -> None:
                 append_line(log, record)
+                tell(record)
                 bar.update(task, advance=1, description=sentence(record))
                 if "eval_loss" in record:
                     bar.print(f"step {record['step'] + 1}: held-out loss {number(record['eval_loss'], '.4f')}")
@@ -74,15 +83,16 @@ def progress(console: Console, steps: int, log: Path, done: int = 0) -> Iterator
         return
     last = -EVERY
 
-    def tell(record: Record) -> None:
+    def write(record: Record) -> None:
         nonlocal last
         append_line(log, record)
+        tell(record)
         step, now = record["step"] + 1, time.monotonic()
         if now - last >= EVERY or step == steps or "eval_loss" in record:
             last = now
             console.print(f"step {step}/{steps}  {sentence(record)}")
 
-    yield tell
+    yield write
 
 
 def sentence(record: Record) -> str:
@@ -133,3 +143,54 @@ def draw_losses(history: Sequence[Record], path: Path, title: str = "") -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+# --- a run that is over ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """What stands in the folder of a run. `about` is empty for a run that was not finished."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    records: Sequence[Record]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def local(self) -> Collection[str]:
+        """The settings that were paths when the run was made."""
+        found: Collection[str] = self.about.get("local", ())
+        return found
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, loss) of every step that was taken."""
+        return [(record["step"], record["loss"]) for record in self.records if record.get("loss") is not None]
+
+    @property
+    def evaluations(self) -> dict[int, float]:
+        """{step: held-out loss}, where it is a number."""
+        return {r["step"]: r["eval_loss"] for r in self.records if r.get("eval_loss") is not None}
+
+
+def read_run(folder: Path) -> PastRun:
+    """The run in `folder`; UsageError if there is none, or what is there cannot be read."""
+    import yaml
+
+    folder = folder.expanduser()
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{folder} is no run: there is no {CONFIG} in it; give what train had as --out")
+    file = folder / CONFIG
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        file = folder / LOG
+        lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else [""]
+        records = [json.loads(line) for line in lines[:-1]]  # behind the last line's end: one that was cut off
+        file = folder / ABOUT
+        about = json.loads(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{file}: cannot be read: {type(error).__name__}") from error
+    if not isinstance(settings, dict) or not isinstance(about, dict) or not all(isinstance(r, dict) for r in records):
+        raise UsageError(f"{folder}: its files are not what a run leaves")
+    return PastRun(folder, settings, records, about)

@@ -141,7 +141,7 @@ def orthogonal(W: Tensor, r: int, s: float) -> Pair:
     normal = partial(torch.randn, dtype=factor_dtype(W), device=W.device)
     Q = torch.linalg.qr(normal(r, r)).Q
     N1, N2 = normal(W.shape[1], (r + 1) // 2), normal(r // 2, W.shape[0]).T
-    return (N1 @ Q[0::2]).T.contiguous() / 10, N2 @ Q[1::2] / 10
+    return (N1 @ Q[0::2]).T / 10, N2 @ Q[1::2] / 10
 
 
 # --- from W: the layer keeps (A0, B0) and learns the difference to it ------------------------------------
@@ -202,7 +202,7 @@ def olora(W: Tensor, r: int, s: float) -> Pair:
     Büyükakyüz 2024, "OLoRA: Orthonormal Low-Rank Adaptation", arXiv:2406.01775, algorithm 1.
     """
     Q, R = torch.linalg.qr(_wide(W, r, "olora"))
-    return R[:r].contiguous(), Q[:, :r].contiguous()
+    return R[:r], Q[:, :r]
 
 
 # --- from data ------------------------------------------------------------------------------------------

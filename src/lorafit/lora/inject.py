@@ -3,39 +3,54 @@
 Planning is pure: `find_targets` reads a model and a configuration and returns a `Plan` that can be printed
 before anything is touched. `add_lora` executes exactly that plan.
 
-Matching follows PEFT: 'all-linear' is every linear layer but the output head; a list holds names or name
-endings at a dot; a single string is one regular expression for the whole name. Unlike PEFT, a name that
-matches nothing is an error.
+Matching follows PEFT: 'all-linear' is every linear layer but the output head, experts and their routers among
+them; a list holds names or name endings at a dot; a single string is one regular expression for the whole name.
+Unlike PEFT, a name that matches nothing is an error.
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorafit.config import LoraConfig, Names
+from lorafit.config import LoraConfig
 from lorafit.errors import NumericError, UsageError, listing, nearest, said_of
+from lorafit.lora.experts import LoraParameter, expert_weights, held_weights, refuse_unfit
 from lorafit.lora.identity import adapter_digest, note_merged
 from lorafit.lora.inits import Init, Pair, find_init
 from lorafit.lora.layers import VARIANTS, LoraLinear, TrainedCopy, formula
-from lorafit.lora.weights import is_readable, read_weight, write_weight
+from lorafit.lora.names import as_names, block_number, collapse, key_matches, matches, no_match, resolve
+from lorafit.lora.tokens import TiedHead, TokenRows, find_rows, wrap_rows
+from lorafit.lora.weights import is_readable, read_weight
 
-Wrapper = LoraLinear | TrainedCopy
+Wrapper = LoraLinear | TrainedCopy | TokenRows | TiedHead
 
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt: its name in the model, rank, alpha, and the shape (out, in) of its weight."""
+    """One layer to adapt: its name in the model, rank, alpha, and the shape (out, in) of its weight.
+
+    Or a weight of another module, under its full name: `parameter` is then its last part, and a stack of experts has
+    the shape (experts, out, in).
+    """
 
     name: str
     r: int
     alpha: float
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    parameter: str | None = None
+
+    @property
+    def layer(self) -> str:
+        """The module that is wrapped."""
+        return self.name if self.parameter is None else self.name.removesuffix(f".{self.parameter}")
 
 
 @dataclass(frozen=True)
@@ -48,16 +63,18 @@ class Plan:
     unreachable: Mapping[str, int]
     trainable: int
     total: int
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.config.variant}, init {self.config.init}"]
-        by_shape: dict[tuple[int, float, tuple[int, int]], list[str]] = defaultdict(list)
+        by_shape: dict[tuple[int, float, tuple[int, ...]], list[str]] = defaultdict(list)
         for target in self.targets:
             by_shape[target.r, target.alpha, target.shape].append(target.name)
-        for (r, alpha, (out, in_)), names in by_shape.items():
+        for (r, alpha, shape), names in by_shape.items():
             for text, count in collapse(names):
-                lines.append(f"  {text}  ×{count}   {out} × {in_}   r={r}, alpha={alpha:g}")
+                lines.append(f"  {text}  ×{count}   {' × '.join(map(str, shape))}   r={r}, alpha={alpha:g}")
         lines += [f"  {text}  ×{count}   trained in full" for text, count in collapse(self.trained)]
+        lines += [f"  {name}   {len(ids)} rows trained" for name, ids in self.tokens.items()]
         share = 100 * self.trainable / self.total if self.total else 0.0
         lines.append(f"trained: {self.trainable:,} of {self.total:,} parameters ({share:.4f} %)")
         if self.unreachable:
@@ -66,14 +83,6 @@ class Plan:
             lines.append(f"not reachable by LoRA, stays frozen: {missed:,} parameters ({share:.1f} %)")
             lines += [f"  {text}  ×{count}" for text, count in collapse(self.unreachable)]
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Numbers of parameters, tied ones counted once."""
-
-    trainable: int
-    total: int
 
 
 @dataclass(frozen=True)
@@ -105,23 +114,31 @@ def find_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
         *trained,
         *(name for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)),
     )
+    inside = tuple(f"{name}." for name in closed)
     layers = {
         name: module
         for name, module in modules.items()
-        if _is_layer(module) and name not in trained and not name.startswith(tuple(f"{n}." for n in closed))
+        if is_readable(module) and read_weight(module).ndim == 2 and not f"{name}.".startswith(inside)
     }
-    chosen = _select(model, layers, config, strict)
-    _refuse_unfit(model, {name: layers[name] for name in chosen}, config)
-    _check_patterns(config, chosen, strict)
+    held = {name: shape for name, shape in held_weights(modules).items() if not name.startswith(inside)}
+    chosen = _select(model, layers, held, config, strict)
+    _refuse_unfit(model, modules, [name for name in chosen if name in layers], config)
+    _check_patterns(config, list(chosen), strict)
     targets = []
-    for name in chosen:
-        out, in_ = read_weight(layers[name]).shape
-        r = int(_resolve(config.rank_pattern, name, config.r))
-        targets.append(Target(name, r, float(_resolve(config.alpha_pattern, name, config.alpha)), (out, in_)))
+    for name, matrices in chosen.items():
+        shape = tuple(read_weight(layers[name]).shape) if name in layers else held[name]
+        r = int(resolve(config.rank_pattern, name, config.r * matrices))
+        alpha = float(resolve(config.alpha_pattern, name, config.alpha * matrices))
+        targets.append(Target(name, r, alpha, shape, None if name in layers else name.rpartition(".")[2]))
+    _refuse_shared(model, {id(modules[target.layer]): target.layer for target in targets})
+    refuse_unfit([target.name for target in targets if target.parameter], config)
     if not targets and not trained:
         raise UsageError(f"nothing to adapt: no linear layer in this {type(model).__name__} matches the configuration")
-    unreachable = _unreachable(model, trained)
-    return Plan(config, tuple(targets), tuple(trained), unreachable, *_counts(model, config, targets, trained))
+    tokens = find_rows(model, modules, (*chosen, *trained), config, strict)
+    rows = sum(len(ids) * modules[name].get_parameter("weight").shape[1] for name, ids in tokens.items())
+    counts = _counts(model, config, targets, trained, rows)
+    unreachable = _unreachable(model, trained, {target.name for target in targets})
+    return Plan(config, tuple(targets), tuple(trained), unreachable, *counts, tokens)
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -133,66 +150,58 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, Wrapper):
             inside += (f"{name}.",)
-            modules |= {f"{name}.{child}" if child else name: m for child, m in module.base_layer.named_modules()}
+            base = module.holder if isinstance(module, LoraParameter) else module.base_layer
+            modules |= {f"{name}.{child}" if child else name: m for child, m in base.named_modules()}
         else:
             modules[name] = module
     return modules
 
 
-def matches(pattern: Names, name: str) -> bool:
-    """PEFT's rule: a string is a regular expression for all of `name`; a list holds names or endings."""
-    if isinstance(pattern, str):
-        return _expression(pattern).fullmatch(name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
-
-
-def _as_names(pattern: Names) -> Names:
-    """'q_proj' and 'q_proj,v_proj' mean name endings; only what cannot be a name is a regular expression."""
-    if isinstance(pattern, str) and re.fullmatch(r"[\w.]+(,[\w.]+)*", pattern):
-        return tuple(pattern.split(","))
-    return pattern
-
-
-def _expression(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"'{pattern}' is no regular expression: {error}") from None
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return is_readable(module) and read_weight(module).ndim == 2
-
-
-def _select(model: nn.Module, layers: Mapping[str, nn.Module], config: LoraConfig, strict: bool) -> list[str]:
-    """The names of the layers to adapt, in the model's order."""
-    targets, exclude = _as_names(config.targets), _as_names(config.exclude)
+def _select(
+    model: nn.Module, layers: Mapping[str, nn.Module], held: Mapping[str, Any], config: LoraConfig, strict: bool
+) -> dict[str, int]:
+    """What to adapt, in the model's order: names of `layers`, then of `held` weights; and how many matrices in each."""
+    targets, experts = as_names(config.targets), expert_weights(plain_modules(model))
+    experts = {name: count for name, count in experts.items() if name in held}
     if isinstance(config.targets, str) and config.targets.lower() == "all-linear":
         head = _head(model)
-        chosen = [n for n, m in layers.items() if not isinstance(m, nn.Embedding) and m is not head]
+        chosen = {n: 1 for n, m in layers.items() if not isinstance(m, nn.Embedding) and m is not head} | experts
     else:
-        chosen = [name for name in layers if matches(targets, name)]
+        chosen = {name: 1 for name in layers if matches(targets, name)}
         unmatched = [targets] if isinstance(targets, str) and not chosen else []
         if not isinstance(targets, str):
             unmatched = [entry for entry in targets if not any(matches((entry,), name) for name in layers)]
         if unmatched and (strict or not chosen):
-            raise UsageError(_no_match("target", unmatched, layers))
-    if exclude:
-        kept = [name for name in chosen if not matches(exclude, name)]
-        if strict:
-            entries = [exclude] if isinstance(exclude, str) else [(entry,) for entry in exclude]
-            idle = [e if isinstance(e, str) else e[0] for e in entries if not any(matches(e, name) for name in layers)]
-            if idle:
-                raise UsageError(_no_match("exclude", idle, layers))
-        chosen = kept
+            raise UsageError(no_match("target", unmatched, layers))
+    if idle := [entry for entry in config.parameters if strict and not any(matches((entry,), name) for name in held)]:
+        raise UsageError(no_match("parameter", idle, held))
+    chosen |= {f"{name}.weight": 1 for name in chosen if f"{name}.weight" in experts}  # a router is more than a layer
+    chosen |= {name: 1 for name in held if matches(config.parameters, name)}
+    chosen = {name: count for name, count in chosen.items() if f"{name}.weight" not in chosen}
+    chosen = {name: chosen[name] for name in (*layers, *held) if name in chosen}
+    return _narrowed(chosen, layers, held, config, strict)
+
+
+def _narrowed(
+    chosen: dict[str, int], layers: Iterable[str], held: Iterable[str], config: LoraConfig, strict: bool
+) -> dict[str, int]:
+    """Of `chosen` what `exclude` and `layers` leave; a weight goes by the name of its module, too."""
+    if exclude := as_names(config.exclude):
+        known = {name: (name,) for name in layers} | {name: (name, name.rpartition(".")[0]) for name in held}
+        entries = [exclude] if isinstance(exclude, str) else [(entry,) for entry in exclude]
+        called = {name for names in known.values() for name in names}
+        idle = [e if isinstance(e, str) else e[0] for e in entries if not any(matches(e, name) for name in called)]
+        if idle and strict:
+            raise UsageError(no_match("exclude", idle, known))
+        chosen = {n: count for n, count in chosen.items() if not any(matches(exclude, name) for name in known[n])}
     if config.layers is not None:
-        numbers = {name: _block_number(name) for name in chosen}
-        known = sorted({number for number in numbers.values() if number is not None})
-        missing = sorted(set(config.layers) - set(known))
+        numbers = {name: block_number(name) for name in chosen}
+        blocks = sorted({number for number in numbers.values() if number is not None})
+        missing = sorted(set(config.layers) - set(blocks))
         if missing and strict:
-            span = f"{known[0]} to {known[-1]}" if known else "none"
+            span = f"{blocks[0]} to {blocks[-1]}" if blocks else "none"
             raise UsageError(f"layers: no block {listing(map(str, missing))} to adapt; the model's blocks are {span}")
-        chosen = [name for name in chosen if numbers[name] in config.layers]
+        chosen = {name: count for name, count in chosen.items() if numbers[name] in config.layers}
     return chosen
 
 
@@ -200,39 +209,18 @@ def _trained_modules(modules: Mapping[str, nn.Module], patterns: tuple[str, ...]
     found = {name: module for name, module in modules.items() if patterns and matches(patterns, name)}
     idle = [entry for entry in patterns if strict and not any(matches((entry,), name) for name in modules)]
     if idle:
-        raise UsageError(_no_match("train_modules", idle, modules))
+        raise UsageError(no_match("train_modules", idle, modules))
+    parameters = [(key, p) for name, module in found.items() for key, p in module.named_parameters(name)]
+    if stored := [key for key, p in parameters if not p.is_floating_point()]:
+        raise UsageError(f"train_modules: {listing(stored)} are no floating-point numbers, which cannot be trained")
     return {name: m for name, m in found.items() if not name.startswith(tuple(f"{n}." for n in found if n != name))}
 
 
 def _check_patterns(config: LoraConfig, chosen: list[str], strict: bool) -> None:
     for label, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        idle = [key for key in pattern if strict and not any(_key_matches(key, name) for name in chosen)]
+        idle = [key for key in pattern if strict and not any(key_matches(key, name) for name in chosen)]
         if idle:
-            raise UsageError(_no_match(label, idle, chosen))
-
-
-def _resolve(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """The value for `name`: of all keys that match the most specific (longest) wins, in any order."""
-    keys = [name] if name in pattern else [key for key in pattern if _key_matches(key, name)]
-    return pattern[max(keys, key=len)] if keys else default
-
-
-def _key_matches(key: str, name: str) -> bool:
-    return key == name or _expression(rf"(.*\.)?({key})$").match(name) is not None
-
-
-def _no_match(what: str, patterns: Iterable[str], names: Iterable[str]) -> str:
-    names = list(names)
-    endings = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
-    known = [*endings, *names, "all-linear"] if what == "target" else [*endings, *names]
-    patterns = list(patterns)
-    wrong = listing([*(f"'{pattern}'{nearest(pattern, known)}" for pattern in patterns[:6]), *patterns[6:]])
-    return f"{what} {wrong} matches no layer of the model; its layers end in {listing(endings, 12)}"
-
-
-def _block_number(name: str) -> int | None:
-    number = next((part for part in name.split(".") if part.isdigit()), None)
-    return None if number is None else int(number)
+            raise UsageError(no_match(label, idle, chosen))
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -244,23 +232,23 @@ def _head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _refuse_unfit(model: nn.Module, chosen: Mapping[str, nn.Module], config: LoraConfig) -> None:
-    """Refuse what would work only in part: one layer under two names, a formula that does not fit."""
-    if config.variant != "lora":
-        embeddings = [name for name, layer in chosen.items() if isinstance(layer, nn.Embedding)]
-        if embeddings:
-            raise UsageError(
-                f"variant '{config.variant}' adapts linear layers, not the embedding {listing(embeddings)}"
-            )
-    first = {id(layer): name for name, layer in chosen.items()}
+def _refuse_unfit(model: nn.Module, modules: Mapping[str, nn.Module], chosen: list[str], config: LoraConfig) -> None:
+    """Refuse a formula that does not fit a layer."""
+    embeddings = [name for name in chosen if isinstance(modules[name], nn.Embedding)]
+    if config.variant != "lora" and embeddings:
+        raise UsageError(f"variant '{config.variant}' adapts linear layers, not the embedding {listing(embeddings)}")
+
+
+def _refuse_shared(model: nn.Module, first: Mapping[int, str]) -> None:
+    """Refuse one layer under two names, which would work only in part."""
     for name, module in model.named_modules(remove_duplicate=False):
         other = first.get(id(module), name)
         if other != name and not name.endswith(".base_layer"):
             raise UsageError(f"{other} and {name} are one layer used twice, which a file cannot say: exclude it")
 
 
-def _unreachable(model: nn.Module, trained: Iterable[str]) -> dict[str, int]:
-    """Matrices in no layer that LoRA can wrap, such as the 3-D weights of mixture-of-experts blocks."""
+def _unreachable(model: nn.Module, trained: Iterable[str], reached: Collection[str]) -> dict[str, int]:
+    """Matrices in no linear layer that are not adapted either."""
     found = {}
     inside = tuple(f"{name}." for name in trained)
     closed: tuple[str, ...] = ()
@@ -270,42 +258,27 @@ def _unreachable(model: nn.Module, trained: Iterable[str]) -> dict[str, int]:
         if is_readable(module) and not prefix.startswith(closed or ("\0",)):
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter.ndim >= 2 and not name.startswith(inside or ("\0",)):
+            if parameter.ndim >= 2 and name not in reached and not name.startswith(inside or ("\0",)):
                 found[name] = parameter.numel()
     return found
 
 
+def tensor_shapes(target: Target, layer: nn.Module, variant: str) -> dict[str, tuple[int, ...]]:
+    """What a file holds for one target: names below its wrapper's own, and shapes."""
+    kind: Any = formula(layer, variant) if target.parameter is None else LoraParameter
+    shapes: dict[str, tuple[int, ...]] = kind.tensor_shapes(*target.shape, target.r)
+    return shapes
+
+
 def _counts(
-    model: nn.Module, config: LoraConfig, targets: Iterable[Target], trained: Mapping[str, nn.Module]
+    model: nn.Module, config: LoraConfig, targets: Iterable[Target], trained: Mapping[str, nn.Module], rows: int
 ) -> tuple[int, int]:
-    extra = 1 if config.variant == "dora" else 0
-    trainable = sum(t.r * sum(t.shape) + extra * t.shape[0] for t in targets)
+    modules = plain_modules(model)
+    shapes = [tensor_shapes(target, modules[target.layer], config.variant) for target in targets]
+    trainable = rows + sum(math.prod(shape) for layer in shapes for shape in layer.values())
     trainable += sum(p.numel() for module in trained.values() for p in module.parameters())
-    plain = {p for m in (model, *plain_modules(model).values()) for p in m.parameters(recurse=False)}
+    plain = {p for m in (model, *modules.values()) for p in m.parameters(recurse=False)}
     return trainable, sum(p.numel() for p in plain) + trainable
-
-
-def collapse(names: Iterable[str]) -> list[tuple[str, int]]:
-    """`layers.0.q, layers.1.q` -> [("layers.{0..1}.q", 2)]: names that differ in numbers, in one line."""
-    groups: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-    for name in names:
-        parts = name.split(".")
-        groups[".".join("#" if p.isdigit() else p for p in parts)].append(tuple(int(p) for p in parts if p.isdigit()))
-    lines = []
-    for shape, numbers in groups.items():
-        text = shape
-        for column in zip(*numbers, strict=True):
-            text = text.replace("#", _span(sorted(set(column))), 1)
-        lines.append((text, len(numbers)))
-    return lines
-
-
-def _span(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{{{numbers[0]}..{numbers[-1]}}}"
-    return "{" + ",".join(map(str, numbers)) + "}"
 
 
 # --- executing ------------------------------------------------------------------------------------
@@ -336,14 +309,18 @@ def execute(model: nn.Module, plan: Plan, init: Init | None = None, starts: Mapp
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     try:
         for target in plan.targets:
-            layer = model.get_submodule(target.name)
+            layer = wrappers.get(target.layer) or model.get_submodule(target.layer)
+            kind: Callable[..., LoraLinear] = formula(layer, config.variant)
+            if target.parameter is not None:
+                kind = partial(LoraParameter, parameter=target.parameter)
             own = start.made(starts[target.name]) if target.name in starts else start
             with said_of(target.name):
-                wrappers[target.name] = formula(layer, config.variant)(
+                wrappers[target.layer] = kind(
                     layer, target.r, target.alpha, config.dropout, init=own, rslora=config.rslora
                 )
         for name in plan.trained:
             wrappers[name] = TrainedCopy(model.get_submodule(name))
+        wrappers |= wrap_rows(model, plan.tokens)
     except BaseException:
         _restore(model, flags)
         raise
@@ -364,14 +341,22 @@ def attached(model: nn.Module) -> Attached | None:
 def adapted_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """The base layers that an adapter of `plan` sits on, by name."""
     modules = plain_modules(model)
-    return {name: modules[name] for name in [target.name for target in plan.targets] or plan.trained}
+    return {name: modules[name] for name in [target.layer for target in plan.targets] or plan.trained}
 
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
-    """Every wrapped layer with its name in the plain model."""
+    """Every wrapped layer with its name in the plain model; a wrapper in a wrapper is called `….base_layer`."""
     for name, module in model.named_modules():
         if isinstance(module, Wrapper):
             yield name, module
+
+
+def wrapper_names(plan: Plan) -> Iterator[tuple[Target, str]]:
+    """Every target with the name that `wrappers` gives to the one around it."""
+    around = Counter(target.layer for target in plan.targets)
+    for target in plan.targets:
+        around[target.layer] -= 1
+        yield target, target.layer + ".base_layer" * around[target.layer]
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -406,19 +391,19 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 
 def remove_lora(model: nn.Module) -> None:
     """Take the wrappers off: weights, names and every `requires_grad` are as before `add_lora`."""
-    for name, layer in list(wrappers(model)):
+    for name, layer in reversed(list(wrappers(model))):  # the inner ones first
         model.set_submodule(name, layer.base_layer)
     _forget(model)
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> nn.Module:
-    """Make W + ΔW the model's own weights, summed in fp32 and rounded once; the model is plain again. Returns
-    it.
+def merge_lora(model: nn.Module, on_note: Callable[[str], object] = warnings.warn) -> nn.Module:
+    """Make W + ΔW the model's own weights, summed in fp32 and rounded once. Returns the model, which is plain again.
 
     All or nothing: NumericError names every layer whose sum is not finite, and nothing has been changed then.
     A tied weight (embedding and head in one) is untied first, so that the other end keeps what it had, and
-    the configuration says so. It also remembers the adapter, so that `load_lora` does not put it in twice.
+    the configuration says so. It also remembers the adapter, so that `load_lora` does not put it in twice. Layers
+    whose storage cannot hold the sum (8 bits) become dense, of which `on_note` hears.
     """
     found = list(wrappers(model))
     if not found:
@@ -428,28 +413,36 @@ def merge_lora(model: nn.Module) -> nn.Module:
     bad = [name for name, layer in found if not _all_finite(layer)]
     if bad:
         raise NumericError(f"merging would write NaN or infinity into {listing(bad)}; nothing was changed")
-    digest = adapter_digest(file_state(model))
+    absorb(model, adapter_digest(file_state(model)), on_note)
+    return model
+
+
+@torch.no_grad()
+def absorb(model: nn.Module, digest: str | None, on_note: Callable[[str], object] = warnings.warn) -> None:
+    """Put every merged weight into its layer, looked at by the caller, and note `digest` as what was merged."""
     owners: dict[int, set[str]] = defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].add(name)
-    untied = False
-    for name, layer in found:
-        plain = layer.trained if isinstance(layer, TrainedCopy) else layer.base_layer
-        untied |= any(len(owners[id(parameter)]) > 1 for parameter in layer.base_layer.parameters())
-        if isinstance(layer, LoraLinear):
-            write_weight(plain, layer.merged_weight())
+    untied, thawed = False, []
+    for name, layer in reversed(list(wrappers(model))):  # the inner ones first
+        if not isinstance(layer, TokenRows | TiedHead):  # which stay tied
+            untied |= any(len(owners[id(parameter)]) > 1 for parameter in layer.base_layer.parameters())
+        plain = layer.trained if isinstance(layer, TrainedCopy) else layer.write_merged()
+        thawed += [name] if type(plain) is not type(layer.base_layer) else []
         model.set_submodule(name, plain)
+    if thawed:
+        said = listing(thawed[::-1])
+        on_note(f"merged into what their storage held, not into the original weights, and dense now: {said}")
     if untied:
         _declare_untied(model)
     note_merged(model, digest)
     _forget(model)
-    return model
 
 
 def _all_finite(layer: Wrapper) -> bool:
     if isinstance(layer, LoraLinear):
         return bool(layer.merged_weight().isfinite().all())
-    return all(bool(parameter.isfinite().all()) for parameter in layer.trained.parameters())
+    return all(bool(tensor.isfinite().all()) for tensor in layer.saved().values())
 
 
 def _declare_untied(model: nn.Module) -> None:
@@ -471,25 +464,3 @@ def _forget(model: nn.Module) -> None:
 def _restore(model: nn.Module, flags: Mapping[str, bool]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(flags.get(name, parameter.requires_grad))
-
-
-# --- counting -------------------------------------------------------------------------------------
-
-
-def count_parameters(model: nn.Module) -> Counts:
-    """How many parameters the model trains, and holds in all."""
-    parameters = list(model.parameters())
-    return Counts(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
-
-
-def print_trainable_parameters(model: nn.Module) -> None:
-    """One line in PEFT's words: `trainable params: 16,896 || all params: 54,744 || trainable%: 30.8637`."""
-    n = count_parameters(model)
-    share = 100 * n.trainable / n.total
-    print(f"trainable params: {n.trainable:,} || all params: {n.total:,} || trainable%: {share:.4f}")
-
-
-def print_model_parameters(model: nn.Module) -> None:
-    """A line per parameter: its name, shape and whether it is trained."""
-    for name, parameter in model.named_parameters():
-        print(f"{name:60} {tuple(parameter.shape)!s:18} requires_grad={parameter.requires_grad}")

@@ -23,20 +23,27 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.lora.fused import Parts, low_rank_linear
+from lorafit.lora.fused_dora import GainedLowRankLinear
 from lorafit.lora.inits import Init, factor_dtype, find_init
-from lorafit.lora.weights import read_weight
+from lorafit.lora.weights import read_weight, write_weight
 
 TINY = 1e-30  # a squared norm below this is a row of zeros
+
+
+def scale_of(r: int, alpha: float, rslora: bool) -> float:
+    """s = alpha / r, or alpha / √r with `rslora` (Kalajdzievski 2023, arXiv:2312.03732)."""
+    return alpha / r**0.5 if rslora else alpha / r
 
 
 class LoraLinear(nn.Module):
     """y = W x + b + s·B·A·dropout(x)        x (…, in)   W (out, in)   A (r, in)   B (out, r)
 
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
-    s = alpha / r, or alpha / √r with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
-    `base_layer` is an nn.Linear, a transformers Conv1D, or anything registered in `weights.py`.
+    s = `scale_of(r, alpha, rslora)`. `base_layer` is an nn.Linear, a transformers Conv1D, or anything registered in
+    `weights.py`.
     """
 
+    pair_names = ("lora_A.weight", "lora_B.weight")
     lora_A0: Tensor | None
     lora_B0: Tensor | None
 
@@ -62,11 +69,16 @@ class LoraLinear(nn.Module):
         for parameter in base_layer.parameters():
             parameter.requires_grad_(False)
         with torch.no_grad():
-            self.start(read_weight(base_layer), find_init(init) if isinstance(init, str) else init)
+            self.start(self.base_weight(), find_init(init) if isinstance(init, str) else init)
+
+    def base_weight(self) -> Tensor:
+        """W, (out, in)."""
+        return read_weight(self.base_layer)
 
     def start(self, W: Tensor, init: Init) -> None:
         """Make A and B and give them their first values; keep these where B·A is not 0."""
-        A, B = init(W, self.r, self.scale)
+        # By rows: AdamW's fused kernel goes through parameter and moments side by side, whatever their strides.
+        A, B = (factor.contiguous() for factor in init(W, self.r, self.scale))
         self.lora_A = _thin(A)
         self.lora_B = _thin(B)
         if init.start == "kept":
@@ -81,6 +93,10 @@ class LoraLinear(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r): what is trained."""
         return self.lora_A.weight, self.lora_B.weight
+
+    def matrices(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors of the factors' shapes, their gradients say, as what is multiplied: here as they are."""
+        return A, B
 
     @property
     def kept(self) -> bool:
@@ -105,16 +121,18 @@ class LoraLinear(nn.Module):
 
     def moved(self) -> bool:
         """Whether ΔW is anything but 0."""
-        A, B = self.update
-        return bool((A.any(dim=1) & B.any(dim=0)).any())
+        A, B = self.matrices(*self.update)
+        return bool((A.any(dim=-1) & B.any(dim=-2)).any())
+
+    @property
+    def filed(self) -> tuple[Tensor, Tensor]:
+        """A' and B' as they lie in a file."""
+        return self.update
 
     def saved(self) -> dict[str, Tensor]:
         """The adapter's tensors as a file holds them, by their names below the layer's own."""
-        held = {key: t for key, t in self.state_dict(keep_vars=True).items() if not key.startswith("base_layer.")}
-        if self.kept:
-            del held["lora_A0"], held["lora_B0"]
-            held["lora_A.weight"], held["lora_B.weight"] = self.update
-        return held
+        own, pair = self.state_dict(keep_vars=True), dict(zip(self.pair_names, self.filed, strict=True))
+        return {name: pair[name] if name in pair else own[name] for name in self.tensor_shapes(0, 0, 0)}
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> None:
@@ -134,13 +152,17 @@ class LoraLinear(nn.Module):
 
     def delta(self) -> Tensor:
         """ΔW = s·B'·A', dense (out, in), in the precision of A and B."""
-        A, B = self.update
+        A, B = self.matrices(*self.update)
         return self.scale * (B @ A)
 
     def merged_weight(self) -> Tensor:
         """W + s·B·A, summed in fp32 and rounded once to W's dtype, (out, in)."""
-        W = read_weight(self.base_layer)
+        W = self.base_weight()
         return (W.to(factor_dtype(W)) + self.delta()).to(W.dtype)
+
+    def write_merged(self) -> nn.Module:
+        """Make the merged weight the base layer's own; returns the layer that has it."""
+        return write_weight(self.base_layer, self.merged_weight())
 
     @property
     def weight(self) -> Tensor:
@@ -160,7 +182,10 @@ class LoraLinear(nn.Module):
             return result
         if self._plain(x):
             return self._fused(x)
-        y: Tensor = self.base_layer(x)
+        return self._added_to(self.base_layer(x), x)
+
+    def _added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """What comes out of the layer if y (…, out) comes out of its base."""
         return y + self._low_rank(x).to(y.dtype)
 
     def _low_rank(self, x: Tensor) -> Tensor:
@@ -199,8 +224,13 @@ class LoraLinear(nn.Module):
 
     def _fused(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        (y,) = low_rank_linear(rows, self.dropout(rows) if self.drops else None, [self.parts])
+        y = self._fused_rows(rows, self.dropout(rows) if self.drops else None)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
+        """`forward` with a hand-written backward, (n, in) -> (n, out); `dropped` is x behind an active dropout."""
+        (y,) = low_rank_linear(x, dropped, [self.parts])
+        return y
 
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha:g}"
@@ -240,14 +270,21 @@ class DoraLinear(LoraLinear):
         norm = V.square().sum(dim=1).clamp_min(TINY).sqrt()
         return (V * (self.lora_magnitude_vector / norm).unsqueeze(1)).to(W.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)
-        if not self.enabled:
-            return y
+    @property
+    def gain(self) -> Tensor:
+        """m / ‖W + s·B·A‖, (out,)"""
+        return self.lora_magnitude_vector / self.row_norm()
+
+    def _added_to(self, y: Tensor, x: Tensor) -> Tensor:
         Wx = y if self.bias is None else y - self.bias
-        gain = self.lora_magnitude_vector / self.row_norm()  # (out,)
+        gain = self.gain
         # y plus a difference that is exactly 0 at the start, so that step 0 is the base model bit for bit.
         return y + (gain - 1).to(y.dtype) * Wx + gain.to(y.dtype) * self._low_rank(x).to(y.dtype)
+
+    def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
+        W, (A, B) = read_weight(self.base_layer), self.update
+        y: Tensor = GainedLowRankLinear.apply(x, dropped, W, self.bias, A, B, self.gain, self.scale)  # type: ignore[no-untyped-call]
+        return y
 
 
 class LoraEmbedding(LoraLinear):
@@ -256,6 +293,8 @@ class LoraEmbedding(LoraLinear):
     The same ΔW = s·B·A on the transposed table. A is looked up here, so A starts at 0 and B at N(0, 1), as in
     loralib.
     """
+
+    pair_names = ("lora_embedding_A", "lora_embedding_B")
 
     def start(self, W: Tensor, init: Init) -> None:
         dim, vocab = W.shape
@@ -326,11 +365,6 @@ VARIANTS: dict[str, type[LoraLinear]] = {"lora": LoraLinear, "dora": DoraLinear}
 def formula(base_layer: nn.Module, variant: str) -> type[LoraLinear]:
     """The class that adapts `base_layer`."""
     return LoraEmbedding if isinstance(base_layer, nn.Embedding) else VARIANTS[variant]
-
-
-def scale_of(r: int, alpha: float, rslora: bool) -> float:
-    """s in ΔW = s·B·A."""
-    return alpha / r**0.5 if rslora else alpha / r
 
 
 def subtrahend(a: Tensor, difference: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ each:
     def _(layer): return layer.codes.float() * layer.scales
 
 and every formula, initialisation, merge and file format works on it. Nothing else asks a layer for its type.
+`int8.py` is one such storage.
 """
 
 from functools import singledispatch
@@ -24,11 +25,11 @@ def read_weight(layer: nn.Module) -> Tensor:
 
 
 @singledispatch
-def write_weight(layer: nn.Module, weight: Tensor) -> None:
-    """Make `weight` (out, in) the layer's weight, in the layer's own dtype.
+def write_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """Make `weight` (out, in) the layer's weight, in the layer's own dtype. Returns the layer that has it.
 
-    The layer gets a new parameter: a weight that was shared with another layer (tied embeddings) stays as it
-    was there.
+    That is `layer` itself with a new parameter: a weight that was shared with another layer (tied embeddings) stays
+    as it was there. Where the storage could not hold just any weight, it is a dense layer to be put in its place.
     """
     raise ModelError(f"lorafit cannot write the weight of a {type(layer).__name__}: register it with write_weight")
 
@@ -49,9 +50,10 @@ def _dense(layer: nn.Module) -> Tensor:
     return weight
 
 
-def _replace(layer: nn.Module, weight: Tensor) -> None:
+def _replace(layer: nn.Module, weight: Tensor) -> nn.Module:
     old = _dense(layer)
     layer.weight = nn.Parameter(weight.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
+    return layer
 
 
 @read_weight.register(nn.Linear)
@@ -60,8 +62,8 @@ def _(layer: nn.Linear) -> Tensor:
 
 
 @write_weight.register(nn.Linear)
-def _(layer: nn.Linear, weight: Tensor) -> None:
-    _replace(layer, weight)
+def _(layer: nn.Linear, weight: Tensor) -> nn.Module:
+    return _replace(layer, weight)
 
 
 # GPT-2's Conv1D and nn.Embedding keep the transpose: (in, out), where an embedding's "in" is the vocabulary.
@@ -73,5 +75,5 @@ def _(layer: nn.Module) -> Tensor:
 
 @write_weight.register(Conv1D)
 @write_weight.register(nn.Embedding)
-def _(layer: nn.Module, weight: Tensor) -> None:
-    _replace(layer, weight.T)
+def _(layer: nn.Module, weight: Tensor) -> nn.Module:
+    return _replace(layer, weight.T)

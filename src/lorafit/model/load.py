@@ -12,15 +12,19 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import errors as hub
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from lorafit.adapter.peft_config import read_config
 from lorafit.adapter.peft_format import load_lora
 from lorafit.errors import DiskError, ModelError, UsageError, listing, nearest
 from lorafit.files import new_folder
+from lorafit.hub import adapter_folder, reason
+from lorafit.lora.tokens import enlarge
+from lorafit.model.storage import store
 
 DTYPES = {str(t).partition(".")[2]: t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 
@@ -32,17 +36,20 @@ def load_model(
     device: str | torch.device = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    storage: str = "dense",
     adapter: str | Path | None = None,
     force_base: bool = False,
 ) -> tuple[nn.Module, Any]:
     """The causal LM `name` (hub name, folder or .gguf file) ready for inference, and its tokenizer.
 
-    `adapter` is loaded on top; `force_base` as in `load_lora`.
+    `storage` "int8" keeps its linear layers in 8 bits. `adapter`, a folder or owner/name on the hub, is loaded on top
+    as by `load_lora`, and its tokenizer taken if tokens were learned.
     """
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
     where, options = _source(name, revision, trust_remote_code)
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    found = None if adapter is None else adapter_folder(adapter)  # before the long wait for the model
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code, adapter=found)
     if "gguf_file" in options:  # left packed, its layers would be no nn.Linear
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if place.type != "cpu":  # straight from the file to the accelerator
@@ -53,16 +60,33 @@ def load_model(
         )
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{name}: {len(missing)} weights are missing from its files: {listing(missing)}")
-    if adapter is not None:
-        load_lora(model, adapter, trainable=False, force_base=force_base)
+    store(model, storage)
+    if found is not None:
+        if _brings_tokens(found):
+            enlarge(model, len(tokenizer))
+        load_lora(model, found, trainable=False, force_base=force_base)
     return model.eval(), tokenizer
 
 
-def load_tokenizer(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer alone, which reads no weights."""
+def load_tokenizer(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    adapter: str | Path | None = None,
+) -> Any:
+    """The tokenizer alone, which reads no weights; the one beside `adapter` if that learned tokens."""
     where, options = _source(name, revision, trust_remote_code)
+    found = None if adapter is None else adapter_folder(adapter)
+    if found is not None and _brings_tokens(found):
+        where, options = str(found), {}
     with _explained(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(where, **options)
+
+
+def _brings_tokens(adapter: Path) -> bool:
+    """Whether tokens were learned and the tokenizer that knows them lies beside."""
+    return (adapter / "tokenizer_config.json").is_file() and bool(read_config(adapter)["trainable_token_indices"])
 
 
 def save_model(model: Any, tokenizer: Any, folder: str | Path, replaces: Iterable[str] | None = None) -> None:
@@ -75,6 +99,13 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, replaces: Iterabl
             raise DiskError(f"{folder}: cannot be written: {_one_line(error)}") from error
 
 
+def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's configuration alone."""
+    where, options = _source(name, revision, trust_remote_code)
+    with _explained(name, "model"):
+        return AutoConfig.from_pretrained(where, **options)
+
+
 def load_skeleton(
     name: str | Path,
     *,
@@ -82,17 +113,28 @@ def load_skeleton(
     device: str | torch.device = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    storage: str = "dense",
 ) -> nn.Module:
     """The model without its weights, on the meta device: for plans and counts that cost nothing."""
     precision = resolve_dtype(dtype, resolve_device(device))
-    where, options = _source(name, revision, trust_remote_code)
-    with _explained(name, "model"):
-        config = AutoConfig.from_pretrained(where, **options)
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=precision, trust_remote_code=trust_remote_code
-            )
-    return model.eval()
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    with _explained(name, "model"), torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=precision, trust_remote_code=trust_remote_code
+        )
+    return store(model.eval(), storage)
+
+
+def model_folder(name: str | Path, *, revision: str | None = None) -> Path:
+    """The folder with the safetensors files of the model `name`, fetched from the hub if it is not one here."""
+    where, options = _source(name, revision, trust_remote_code=False)
+    if "gguf_file" in options:
+        raise ModelError(f"{name}: a GGUF file; this needs the model's weights in safetensors")
+    if Path(where).is_dir():
+        return Path(where)
+    with _explained(name, "files"):
+        wanted = ["*.json", "model*.safetensors"]
+        return Path(snapshot_download(where, revision=revision, allow_patterns=wanted))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -169,20 +211,9 @@ def _explained(name: str | Path, what: str) -> Iterator[None]:
         raise ModelError(f"{name}: {_reason(what, error)}") from error
 
 
-# In this order: a gated repository is also one not found.
-REASONS = {
-    hub.HFValidationError: "neither a folder here nor a name that the hub could have",
-    hub.GatedRepoError: "gated: accept its terms on huggingface.co, then `hf auth login`",
-    hub.RepositoryNotFoundError: "no such folder here or model on the hub (private: `hf auth login` first)",
-    hub.RevisionNotFoundError: "the hub has this model, but not this revision",
-    hub.LocalEntryNotFoundError: "no such folder here, not in the hub's cache, and the hub cannot be reached",
-}
-
-
 def _reason(what: str, error: Exception) -> str:
-    for kind, sentence in REASONS.items():
-        if any(isinstance(e, kind) for e in (error, error.__cause__, error.__context__)):
-            return sentence
+    if sentence := reason(error, "model"):
+        return sentence
     if "custom code" in str(error):
         return "it brings Python code of its own: read that, then load it with trust_remote_code"
     return f"its {what} cannot be loaded: {_one_line(error)}"

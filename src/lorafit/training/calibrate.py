@@ -66,7 +66,7 @@ def calibrate(
         for target in find_targets(model, config).targets
         if not isinstance(model.get_submodule(target.name), nn.Embedding)
     ]
-    rho = config.init_rho if init.shares is not None and not config.rank_pattern else 1.0
+    rho = max(1.0, config.init_rho) if init.shares is not None and not config.rank_pattern else 1.0
     starts, shares = {}, {}
     with _frozen(model), evaluating(model):
         for target, statistic in _statistics(model, config, init, targets, batches, on_progress, on_note):

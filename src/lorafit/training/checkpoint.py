@@ -158,7 +158,7 @@ def settings(run: Run, evaluation: Batches | None) -> dict[str, Any]:
     adapter = as_dict(found.plan.config) if found else {}
     chosen = {name: value for name, value in as_dict(run.config).items() if name not in FREE}
     made = {name: getattr(batches, name) for name in ("batch_size", "accumulate", "max_tokens_per_pack", "shuffle")}
-    shapes = [(name, tuple(tensor.shape)) for name, tensor in run.trained()]
+    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in run.trained())
     layers = [(t.name, t.r, t.alpha) for t in found.plan.targets] if found else []
     described = {
         **adapter,
@@ -168,6 +168,7 @@ def settings(run: Run, evaluation: Batches | None) -> dict[str, Any]:
         "packed": run.passes.packed,
         "rows": _digest_rows(batches),
         "held-out rows": _digest_rows(evaluation) if evaluation else None,
+        "storage": sorted({type(layer).__name__ for layer in _adapted_layers(run.model).values()}),
         "trained layers": hashlib.sha256(repr((shapes, layers)).encode()).hexdigest()[:16],
     }
     plain: dict[str, Any] = json.loads(json.dumps(described))

@@ -25,6 +25,7 @@ from lorafit.training.checkpoint import Checkpoints
 from lorafit.training.loss import find_head
 from lorafit.training.memory import automatic_limit
 from lorafit.training.modes import evaluating
+from lorafit.training.neftune import noisy
 from lorafit.training.optim import lr_at, make_optimizer
 from lorafit.training.run import Passes, Record, Result, Run, Stop, heed
 from lorafit.training.ways import as_asked
@@ -93,8 +94,8 @@ def take_step(run: Run, *, stop: Stop = lambda: None, on_note: Note = lambda sen
     run.gradients.begin()
     for number, batch in enumerate(window):
         heed(stop)
-        torch.manual_seed(hash((run.config.seed, run.step, number)) % 2**63)  # dropout depends on nothing else
-        with run.passes.limit.fits(batch), row_attention(run.model, batch):
+        torch.manual_seed(hash((run.config.seed, run.step, number)) % 2**63)  # dropout and noise depend on nothing else
+        with run.passes.limit.fits(batch), row_attention(run.model, batch), noisy(run.model, batch, run.config.neftune):
             loss = run.passes.loss(run.model, batch.to(device), max(tokens, 1))
             loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach().cpu()
@@ -105,7 +106,7 @@ def take_step(run: Run, *, stop: Stop = lambda: None, on_note: Note = lambda sen
     elif tokens:  # a step without supervised tokens must not move anything: AdamW's momentum would
         run.bad = 0
         for group in run.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("share", 1.0)
         run.optimizer.step()
     return {
         "step": run.step,

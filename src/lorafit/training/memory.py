@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lorafit.data.batches import Batches
 from lorafit.lora.inject import plain_modules
+from lorafit.lora.weights import is_readable
 from lorafit.training.blocks import find_blocks
 from lorafit.training.loss import TILE
 
@@ -53,12 +53,12 @@ def need(model: nn.Module, checkpointing: bool = False) -> Need:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     plain = plain_modules(model).values()
-    layers = [m for m in plain if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    width = sum(sum(layer.weight.shape) for layer in layers)
+    layers = [m for m in plain if is_readable(m) and not isinstance(m, nn.Embedding) and m is not head]
+    width = sum(sum(p.shape) for layer in layers for p in layer.parameters(recurse=False) if p.ndim == 2)
     # Experts are one stack of matrices (experts, out, in), of which each token meets a few.
     met = getattr(config, "num_experts_per_tok", None) or 1
     width += sum(met * sum(p.shape[1:]) for p in frozen if p.ndim == 3)
-    precision = frozen[0].element_size() if frozen else 4
+    precision = next((p.element_size() for p in frozen if p.is_floating_point()), 4)
     blocks = max(1, len(find_blocks(model)) or getattr(config, "num_hidden_layers", None) or 1)
     token = width * (precision + FP32_SHARE)
     if checkpointing:  # the input of each block, and all of the one that is computed again

@@ -154,14 +154,14 @@ class Run:
         return self.result
 
     def trained(self) -> Iterator[tuple[str, Tensor]]:
-        """What training changes, or a formula had to keep: parameters that require gradients, and wrappers' buffers."""
+        """What training changes, and what it does not but the adapter is made of: a kept start, a frozen factor."""
         yield from ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         for name, layer in wrappers(self.model):
             kept = layer.state_dict(keep_vars=True).items()
             yield from (
                 (f"{name}.{key}", t)
                 for key, t in kept
-                if not isinstance(t, nn.Parameter) and not key.startswith("base_layer.")
+                if not t.requires_grad and not key.startswith("base_layer.")
             )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

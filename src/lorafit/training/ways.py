@@ -1,4 +1,4 @@
-"""In which way the blocks of a model run while it is trained: on which kernels, without which work, compiled, or twice.
+"""In which way a model runs while it is trained: on which kernels, without which work, compiled, or twice.
 
 Each is undone afterwards, and none changes the result beyond rounding.
 """
@@ -10,6 +10,7 @@ from lorafit.training.blocks import Note, checkpointed
 from lorafit.training.compiling import compiled
 from lorafit.training.idle_rows import idle_rows_skipped
 from lorafit.training.kernels import fast_kernels
+from lorafit.training.rules import held_still
 from lorafit.training.run import Run
 from lorafit.training.shared_input import inputs_shared
 
@@ -18,6 +19,7 @@ from lorafit.training.shared_input import inputs_shared
 def as_asked(run: Run, on_note: Note) -> Iterator[None]:
     """Inside the block of code, the run's model is trained as its settings ask."""
     with ExitStack() as stack:
+        stack.enter_context(held_still(run.model, run.config.rule))
         stack.enter_context(fast_kernels(run.model, on_note))
         if not run.config.compile:  # what follows depends on the rows of each pass, and no graph may
             stack.enter_context(idle_rows_skipped(run.model, run.passes.packed))

@@ -1,0 +1,1 @@
+"""Initialisations, formulas and training rules beside plain LoRA, each at its own learning rate."""

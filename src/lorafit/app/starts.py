@@ -1,0 +1,69 @@
+"""The start of a fresh adapter, for a command: made from the weights or from the data, with progress, or described."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.app.rows import counted
+from lorafit.config import LoraConfig
+from lorafit.data.batches import Batches
+from lorafit.errors import UsageError, said_of
+from lorafit.lora.inits import BLANK, BLANK_KEPT, find_init
+from lorafit.lora.inject import Plan, add_lora, execute, find_targets
+from lorafit.lora.layers import scale_of
+from lorafit.lora.names import collapse
+from lorafit.lora.weights import read_weight
+from lorafit.training.calibrate import Calibrated, calibrate
+
+Note = Callable[[str], None]
+
+
+def put_in(net: nn.Module, config: LoraConfig, batches: Batches, on_note: Note, *, restored: bool = False) -> Plan:
+    """`add_lora`, behind a look at the data where the init wants one.
+
+    With `restored` the values are about to be read from a checkpoint: what takes long to make is not made.
+    """
+    init = find_init(config.init)
+    if restored and (init.start == "kept" or init.statistic is not None):
+        return laid_out(net, config)
+    return add_lora(net, *looked_at(net, config, batches, on_note))
+
+
+def looked_at(net: nn.Module, config: LoraConfig, batches: Batches | None, on_note: Note) -> Calibrated:
+    """`calibrate`, with progress; UsageError if the init needs data and there is none."""
+    if find_init(config.init).statistic is None:
+        return Calibrated(config, {})
+    if batches is None:
+        raise UsageError(f"init '{config.init}' looks at data: give --data")
+    with counted(f"init {config.init} looks at the data") as progress:
+        return calibrate(net, config, batches, on_progress=progress, on_note=on_note)
+
+
+def laid_out(net: nn.Module, config: LoraConfig) -> Plan:
+    """The adapter of `config` in `net` with no values in it yet; `net` may be without values itself."""
+    plan = find_targets(net, config)
+    execute(net, plan, BLANK_KEPT if find_init(config.init).start == "kept" else BLANK)
+    return plan
+
+
+def described(net: nn.Module, config: LoraConfig, starts: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[str]:
+    """A line per kind of layer: how much of ‖W‖² is in s·B·A at the start, which is what such an init trains first."""
+    init, shares = find_init(config.init), dict[str, float]()
+    for target in find_targets(net, config).targets:
+        layer = net.get_submodule(target.name)
+        if isinstance(layer, nn.Embedding):
+            continue
+        W, s = read_weight(layer), scale_of(target.r, target.alpha, config.rslora)
+        with torch.no_grad(), said_of(target.name):
+            A, B = starts[target.name] if target.name in starts else init(W, target.r, s)
+            shares[target.name] = (s**2 * ((B.T @ B) * (A @ A.T)).sum() / W.to(A.dtype).square().sum()).item()
+    yield f"init {config.init}: share of ‖W‖² in s·B·A at the start"
+    kinds: dict[str, list[str]] = {}
+    for name in shares:
+        kinds.setdefault(".".join("#" if part.isdigit() else part for part in name.split(".")), []).append(name)
+    for names in kinds.values():
+        found = [shares[name] for name in names]
+        ((text, count),) = collapse(names)
+        mean = sum(found) / count
+        yield f"  {text}  ×{count}   mean {mean:.2%}, {min(found):.2%} to {max(found):.2%}"
