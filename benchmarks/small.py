@@ -133,7 +133,8 @@ def adapters(how: How) -> list[Row]:
         files = [Path(folder) / name for name in ("one", "two")]
         for file in files:
             add_lora(mine, LoraConfig(r=16))
-            for _, layer in wrappers(mine):
+            layers: list[tuple[str, Any]] = list(wrappers(mine))
+            for _, layer in layers:
                 nn.init.normal_(layer.lora_B.weight, std=0.01)
             save_lora(mine, file)
             _plain(mine)
