@@ -151,8 +151,9 @@ def make_point_rows(point: Point, count: int) -> list[Example]:
 def curves(points: Sequence[Record]) -> list[Record]:
     """One line per axis, peer and value: seconds, what the operations alone would take, and MiB above the model."""
     lines = []
-    for axis, (_, members) in AXES.items():
-        for point in members:
+    quick = any(found.get("quick") for found in points)
+    for axis in AXES:
+        for point in _points(axis, quick):
             alike_points = [found for found in points if alike(found, asdict(point))]
             for found in sorted(alike_points, key=lambda one: list(PEERS).index(one["peer"])):
                 line = {"axis": axis, "peer": found["peer"], "value": _value(axis, point)}
