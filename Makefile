@@ -34,6 +34,7 @@ bench: .venv/model
 	$(if $(ONLY),,set -e; for name in $(SCRIPTS); do echo "benchmarks.$$name"; $(BIN)/python -m "benchmarks.$$name"; done)
 
 soak: .venv/soak
+	$(BIN)/python -m pytest -q -m slow
 	$(BIN)/python -m soak $(if $(LONG),--long)
 
 test-oldest: .venv-oldest/installed

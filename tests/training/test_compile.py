@@ -61,7 +61,7 @@ def run(tiny: Tiny, examples: Any, compiler: Counting, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_the_losses_are_the_same(family: str, checkpointing: bool, run: Compiled) -> None:
     plain, _, _ = run(family)
     losses, notes, _ = run(family, compile=True, checkpointing=checkpointing)
@@ -69,6 +69,7 @@ def test_the_losses_are_the_same(family: str, checkpointing: bool, run: Compiled
     assert not [note for note in notes if "compil" in note]
 
 
+@pytest.mark.slow
 def test_dora_too(run: Compiled) -> None:
     lora = {"variant": "dora"}
     assert run(lora=lora, compile=True)[0] == pytest.approx(run(lora=lora)[0], rel=1e-5)
@@ -150,6 +151,7 @@ def test_a_model_without_blocks_is_told() -> None:
     assert notes == ["Linear has no list of blocks: it is trained without compiling"]
 
 
+@pytest.mark.slow
 def test_machine_code_gives_the_same_losses(run: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _, _ = run("qwen2")
     monkeypatch.setattr(compiling, "BACKEND", "inductor")

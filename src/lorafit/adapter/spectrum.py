@@ -33,7 +33,7 @@ def updates(model: nn.Module) -> list[Update]:
     found = []
     for name, layer in wrappers(model):
         if isinstance(layer, LoraLinear):
-            A, B = layer.update
+            A, B = layer.matrices(*layer.update)
             values = layer.scale * singular_values(A, B).reshape(-1, A.shape[-2])
             norm = values.norm().item()
             W = layer.base_weight()

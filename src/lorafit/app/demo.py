@@ -41,15 +41,16 @@ TOGETHER = 50  # rows answered at once
 
 @dataclass(frozen=True)
 class Size:
-    """How many rows there are of each kind."""
+    """How many rows there are of each kind, and how long an answer may be in tokens."""
 
     train: int
     held_out: int
     new_patterns: int
+    longest: int
 
 
-FULL = Size(train=320, held_out=100, new_patterns=50)
-QUICK = Size(train=16, held_out=4, new_patterns=0)
+FULL = Size(train=320, held_out=100, new_patterns=50, longest=LONGEST)
+QUICK = Size(train=8, held_out=2, new_patterns=0, longest=24)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def main(quick: bool = False, seed: int = 0, out: Path = Path("lorafit-demo")) -
         write_rows(out / "rows" / f"{name}.jsonl", rows)
     model, tokenizer = load_model(base, dtype=model_config.dtype)
 
-    scores = {"base model": score(console, model, tokenizer, held_out, explained(), "base model")}
+    scores = {"base model": score(console, model, tokenizer, held_out, explained(), "base model", size.longest)}
     torch.manual_seed(seed)  # the start of A
     console.print(f"\n{add_lora(model, LORA)}\n")
     batches = Batches(read_examples(data.data, tokenizer), batch_size=data.batch_size, seed=seed)
@@ -92,14 +93,14 @@ def main(quick: bool = False, seed: int = 0, out: Path = Path("lorafit-demo")) -
     }
     adapter = save_lora(model, out / runs.ADAPTER, base_model=base)
     runs.draw_losses(result.history, out / runs.PICTURE, title=f"{size.train} orders to JSON")
-    scores["with adapter"] = score(console, model, tokenizer, held_out, OPENING, "with adapter")
+    scores["with adapter"] = score(console, model, tokenizer, held_out, OPENING, "with adapter", size.longest)
     merged = merge(base, adapter, out / "merged", model_config.dtype)
-    scores["merged model"] = score(console, merged, tokenizer, held_out, OPENING, "merged model")
+    scores["merged model"] = score(console, merged, tokenizer, held_out, OPENING, "merged model", size.longest)
     if new_patterns:
         scores["adapter, new patterns"] = score(console, model, tokenizer, new_patterns, OPENING, "new patterns")
 
     console.print(table(scores, size, quick))
-    show_answers(console, model, tokenizer, held_out[0])
+    show_answers(console, model, tokenizer, held_out[0], size.longest)
     console.print(
         f"\nadapter {adapter}   merged model {out / 'merged'}   log {out / runs.LOG}   picture {out / runs.PICTURE}\n"
         f"talk to it: lorafit chat --model {base} --adapter {adapter} --system '{INSTRUCTION}'",
@@ -145,12 +146,20 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     write_text(path, "".join(lines))
 
 
-def score(console: Console, model: nn.Module, tokenizer: Any, rows: list[Row], opening: Messages, name: str) -> Score:
+def score(
+    console: Console,
+    model: nn.Module,
+    tokenizer: Any,
+    rows: list[Row],
+    opening: Messages,
+    name: str,
+    longest: int = LONGEST,
+) -> Score:
     """Let `model` answer `rows`, and compare with what is right."""
     answers: list[str] = []
     for start in track(range(0, len(rows), TOGETHER), description=f"{name:14}", console=console):
         prompts = [row.messages(opening) for row in rows[start : start + TOGETHER]]
-        answers += generate(model, tokenizer, prompts, max_new_tokens=LONGEST, batch_size=TOGETHER)
+        answers += generate(model, tokenizer, prompts, max_new_tokens=longest, batch_size=TOGETHER)
     orders = [parse(answer) for answer in answers]
     conversations = [{"messages": row.conversation(opening)} for row in rows]
     examples = read_examples(conversations, tokenizer, loss_on="last")
@@ -195,7 +204,7 @@ def table(scores: dict[str, Score], size: Size, quick: bool) -> Table:
     return result
 
 
-def show_answers(console: Console, model: nn.Module, tokenizer: Any, row: Row) -> None:
+def show_answers(console: Console, model: nn.Module, tokenizer: Any, row: Row, longest: int) -> None:
     """Stream what the base model and the adapted model say to one message, side by side."""
     console.print(f"\n{row.message}")
     said = {"base model": "", "with adapter": ""}
@@ -207,9 +216,9 @@ def show_answers(console: Console, model: nn.Module, tokenizer: Any, row: Row) -
 
     with Live(panels(), console=console) as live:
         with lora_disabled(model):
-            for piece in stream(model, tokenizer, row.messages(explained()), max_new_tokens=LONGEST):
+            for piece in stream(model, tokenizer, row.messages(explained()), max_new_tokens=longest):
                 said["base model"] += piece
                 live.update(panels())
-        for piece in stream(model, tokenizer, row.messages(), max_new_tokens=LONGEST):
+        for piece in stream(model, tokenizer, row.messages(), max_new_tokens=longest):
             said["with adapter"] += piece
             live.update(panels())
