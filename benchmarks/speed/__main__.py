@@ -45,7 +45,7 @@ def main() -> None:
     runs = results / "speed"
     dtype = str(precision(asked.dtype)).removeprefix("torch.")
     like = {"dtype": dtype, "settings": settings, "machine": machine(asked.threads)}
-    readable = {"dtype": dtype, "machine": like["machine"], "settings": {**settings, "steps": None}}
+    readable = {"dtype": dtype, "machine": like["machine"], "settings": {**settings, "steps": None, "warmup": None}}
     refused: dict[str, str] = (read(runs / GATE) or {}).get("refused", {})
     if not asked.table:
         refused |= _gated([*asked.peers, *asked.ladder], console)

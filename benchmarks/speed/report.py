@@ -94,12 +94,17 @@ def _line(key: tuple[str, str], runs: Runs) -> Record:
 def ratio(theirs: Sequence[Record], ours: Sequence[Record]) -> Record | None:
     """How many times as long a step takes as ours on the same rows: `spread` of the quotients.
 
-    Steps are paired within a round, so that rows of another length do not count as noise.
+    Steps are paired by their number within a round, so that rows of another length do not count as noise.
     """
-    rounds = {run["round"]: run["seconds"] for run in ours}
-    both = [(run["seconds"], rounds[run["round"]]) for run in theirs if run["round"] in rounds]
-    pairs = [a / b for one, other in both for a, b in zip(one, other, strict=False)]
+    rounds = {run["round"]: _numbered(run) for run in ours}
+    both = [(_numbered(run), rounds[run["round"]]) for run in theirs if run["round"] in rounds]
+    pairs = [one[step] / other[step] for one, other in both for step in one if step in other]
     return spread(pairs) if pairs else None
+
+
+def _numbered(run: Record) -> dict[int, float]:
+    """The seconds of each timed step by its number; the same number means the same rows."""
+    return dict(enumerate(run["seconds"], start=run["settings"]["warmup"]))
 
 
 def spread(values: Sequence[float], resamples: int = 2000) -> Record:
@@ -242,7 +247,7 @@ def _footnote(records: Sequence[Record]) -> str:
     moved = max(abs(run["matrix_peak"]["after"] / run["matrix_peak"]["before"] - 1) for run in good)
     said = [
         f"Shape of Qwen1.5-0.5B ({settings['layers']} layers, random weights), {one['dtype']}; medians of "
-        f"{_steps_told(good)}, {settings['warmup']} before them not counted. "
+        f"{_steps_told(good)}, those that warm up before them not counted. "
         f"{machine['cpu']}, {machine['capability']}, {machine['threads']} threads, fastest matrix product "
         f"{statistics.median(peaks) / 1e9:.0f} GFLOP/s (it moved by {100 * moved:.0f} % at most within a run), torch "
         f"{machine['versions']['torch']}. Memory is the peak above the loaded model, and in all. In "
