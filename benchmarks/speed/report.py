@@ -104,7 +104,7 @@ def ratio(theirs: Sequence[Record], ours: Sequence[Record]) -> Record | None:
 
 def _numbered(run: Record) -> dict[int, float]:
     """The seconds of each timed step by its number; the same number means the same rows."""
-    return dict(enumerate(run["seconds"], start=run["settings"]["warmup"]))
+    return dict(enumerate(run["seconds"], start=run.get("settings", {}).get("warmup", 0)))
 
 
 def spread(values: Sequence[float], resamples: int = 2000) -> Record:

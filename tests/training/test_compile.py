@@ -75,6 +75,7 @@ def test_dora_too(run: Compiled) -> None:
     assert run(lora=lora, compile=True)[0] == pytest.approx(run(lora=lora)[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_with_dropout_it_learns_all_the_same_and_is_a_function_of_the_seed(run: Compiled) -> None:
     one, other = (run(lora={"dropout": 0.3}, compile=True, checkpointing=flag)[0] for flag in (False, True))
     assert one == pytest.approx(other, rel=1e-5)
