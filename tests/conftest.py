@@ -171,3 +171,24 @@ def kept_bytes() -> Callable[..., int]:
 @pytest.fixture
 def shaken() -> Callable[..., nn.Module]:
     return shake
+
+
+def run_pass(model: nn.Module, rows: list[Any], context: Any) -> tuple[float, list[torch.Tensor]]:
+    """The loss of `rows` as one pass, run inside `context`, and the gradient of everything that is trained."""
+    from lorafit import Batches
+    from lorafit.training.attention import row_attention
+    from lorafit.training.loop import plan_passes
+
+    batches = Batches(rows, len(rows))
+    passes = plan_passes(model, batches)
+    (batch,) = passes.window(batches, 0)
+    model.zero_grad()
+    with context, row_attention(model, batch):
+        loss = passes.loss(model, batch, 1)
+        loss.backward()
+    return loss.item(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.fixture
+def one_pass() -> Callable[..., tuple[float, list[torch.Tensor]]]:
+    return run_pass

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from lorafit import Batches, LoraConfig, add_lora
+from lorafit import LoraConfig, add_lora
 from lorafit.data.chat import IGNORE, Example
-from lorafit.training.attention import packs_exactly, row_attention
+from lorafit.training.attention import packs_exactly
 from lorafit.training.blocks import checkpointed, find_blocks, replaced
 from lorafit.training.idle_rows import WORTH, find_parts, idle_rows_skipped
-from lorafit.training.loop import plan_passes
 
 Tiny = Callable[..., nn.Module]
 FAMILIES = ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "opt", "cohere", "bloom", "falcon", "mamba", "rwkv"]
@@ -37,17 +36,6 @@ def rows(share: float) -> list[Example]:
     return made
 
 
-def one_pass(model: nn.Module, examples: list[Example], context: Any) -> tuple[float, list[torch.Tensor]]:
-    batches = Batches(examples, len(examples))
-    passes = plan_passes(model, batches)
-    (batch,) = passes.window(batches, 0)
-    model.zero_grad()
-    with context, row_attention(model, batch):
-        loss = passes.loss(model, batch, 1)
-        loss.backward()
-    return loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
 def names(model: nn.Module, parts: list[nn.Module]) -> list[str]:
     prefix = next(name for name, module in model.named_modules() if module is find_blocks(model)[-1])
     return [name.removeprefix(f"{prefix}.") for name, module in model.named_modules() if module in parts]
@@ -56,7 +44,9 @@ def names(model: nn.Module, parts: list[nn.Module]) -> list[str]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("share", [0.05, 0.4, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_and_every_gradient_are_the_same(family: str, share: float, checkpointing: bool, tiny: Tiny) -> None:
+def test_the_loss_and_every_gradient_are_the_same(
+    family: str, share: float, checkpointing: bool, tiny: Tiny, one_pass: Any
+) -> None:
     model = adapted(tiny, family)
     loss, gradients = one_pass(model, rows(share), nullcontext())
     with checkpointed(model) if checkpointing else nullcontext():
@@ -67,7 +57,7 @@ def test_the_loss_and_every_gradient_are_the_same(family: str, share: float, che
 
 
 @pytest.mark.parametrize(("share", "left_out"), [(0.3, True), (1.0, False)])
-def test_the_last_block_sees_the_rows_that_carry_loss(share: float, left_out: bool, tiny: Tiny) -> None:
+def test_the_last_block_sees_the_rows_that_carry_loss(share: float, left_out: bool, tiny: Tiny, one_pass: Any) -> None:
     model = adapted(tiny)
     seen: list[int] = []
     block = find_blocks(model)[-1]

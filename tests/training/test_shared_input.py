@@ -11,9 +11,8 @@ from torch import nn
 from lorafit import Batches, LoraConfig, TrainConfig, add_lora, lora_disabled, train
 from lorafit.lora.layers import LoraLinear
 from lorafit.training import shared_input
-from lorafit.training.attention import packs_exactly, row_attention
+from lorafit.training.attention import packs_exactly
 from lorafit.training.blocks import checkpointed
-from lorafit.training.loop import plan_passes
 from lorafit.training.shared_input import find_groups, inputs_shared
 
 Tiny = Callable[..., nn.Module]
@@ -47,17 +46,6 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     return sizes
 
 
-def one_pass(model: nn.Module, examples: Any, context: Any) -> tuple[float, list[torch.Tensor]]:
-    batches = Batches(examples, len(examples))
-    passes = plan_passes(model, batches)
-    (batch,) = passes.window(batches, 0)
-    model.zero_grad()
-    with context, row_attention(model, batch):
-        loss = passes.loss(model, batch, 1)
-        loss.backward()
-    return loss.item(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
-
-
 @pytest.mark.parametrize("family", GROUPS)
 def test_groups_are_what_sees_one_tensor(family: str, tiny: Tiny) -> None:
     model = adapted(tiny, family, torch.float32)
@@ -69,7 +57,7 @@ def test_groups_are_what_sees_one_tensor(family: str, tiny: Tiny) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["llama", "cohere", "falcon", "gpt2", "gemma2"])
 def test_the_loss_and_every_gradient_are_the_same(
-    family: str, checkpointing: bool, tiny: Tiny, examples: Any, together: list[int]
+    family: str, checkpointing: bool, tiny: Tiny, examples: Any, together: list[int], one_pass: Any
 ) -> None:
     model, rows = adapted(tiny, family).train(), examples(4)
     loss, gradients = one_pass(model, rows, nullcontext())
@@ -110,7 +98,7 @@ def test_each_computes_for_itself_what_is_not_the_groups(tiny: Tiny, together: l
     assert torch.allclose(changed, k(x))
 
 
-def test_dropout_keeps_layers_apart(tiny: Tiny, examples: Any, together: list[int]) -> None:
+def test_dropout_keeps_layers_apart(tiny: Tiny, examples: Any, together: list[int], one_pass: Any) -> None:
     """Each draws its own; in evaluation there is nothing to draw."""
     model = adapted(tiny, dropout=0.5).train()
     one_pass(model, examples(2), inputs_shared(model, packed=True))
@@ -130,7 +118,7 @@ def test_other_formulas_and_bases_are_no_members(tiny: Tiny) -> None:
         assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True))
 
 
-def test_nothing_is_held_between_passes_and_the_model_is_as_before(tiny: Tiny, examples: Any) -> None:
+def test_nothing_is_held_between_passes_and_the_model_is_as_before(tiny: Tiny, examples: Any, one_pass: Any) -> None:
     model = adapted(tiny)
     with inputs_shared(model, packed=True):
         one_pass(model, examples(2), nullcontext())

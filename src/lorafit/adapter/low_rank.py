@@ -86,9 +86,14 @@ def cut(pair: Pair, rank: int | None = None, energy: float | None = None) -> Cut
 
 def squared_norm(pair: Pair) -> float:
     """‖B·A‖², to the last bits even where B·A is a small difference of large parts."""
-    R_A = torch.linalg.qr(pair.A.double().T, mode="r").R
-    R_B = torch.linalg.qr(pair.B.double(), mode="r").R
-    return float((R_B @ R_A.T).square().sum())
+    return float(core(pair.A, pair.B).square().sum())
+
+
+def core(A: Tensor, B: Tensor) -> Tensor:
+    """R_B·R_Aᵀ in float64, no larger than (…, r, r), with the singular values of B·A; A (…, r, in), B (…, out, r)."""
+    R_A: Tensor = torch.linalg.qr(A.double().mT, mode="r").R
+    R_B: Tensor = torch.linalg.qr(B.double(), mode="r").R
+    return R_B @ R_A.mT
 
 
 def best(delta: Tensor, rank: int | None = None, energy: float | None = None, embedding: bool = False) -> Cut:

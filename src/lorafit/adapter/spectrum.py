@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorafit.adapter.low_rank import core
 from lorafit.lora.experts import LoraParameter
 from lorafit.lora.inits import factor_dtype
 from lorafit.lora.inject import wrappers
@@ -49,12 +50,8 @@ def _called(name: str, layer: LoraLinear) -> str:
 
 
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
-    """Those of B·A, (…, r) in float64, from A (…, r, in) and B (…, out, r), with zeros where out or in is below r.
-
-    With B = Q·R and Aᵀ = Q'·R' they are those of R·R'ᵀ, which is no larger than (r, r).
-    """
-    small = torch.linalg.qr(B.double())[1] @ torch.linalg.qr(A.double().mT)[1].mT
-    values: Tensor = torch.linalg.svdvals(small)
+    """Those of B·A, (…, r) in float64, from A (…, r, in) and B (…, out, r), with zeros where out or in is below r."""
+    values: Tensor = torch.linalg.svdvals(core(A, B))
     return nn.functional.pad(values, (0, A.shape[-2] - values.shape[-1]))
 
 

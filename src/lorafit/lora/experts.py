@@ -75,10 +75,6 @@ class LoraParameter(LoraLinear):
         experts = self._held.shape[0]
         return A.view(experts, self.r, -1), B.view(-1, self.r, experts).permute(2, 0, 1)
 
-    @property
-    def filed(self) -> tuple[Tensor, Tensor]:
-        return self.factors  # all experts in one matrix each
-
     def merged_weight(self) -> Tensor:
         """W + s·B·A, summed expert by expert in fp32 and rounded once to W's dtype, (…, out, in)."""
         W = self.base_weight()

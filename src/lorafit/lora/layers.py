@@ -95,7 +95,7 @@ class LoraLinear(nn.Module):
         return self.lora_A.weight, self.lora_B.weight
 
     def matrices(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors of the factors' shapes, their gradients say, as what is multiplied: here as they are."""
+        """A and B, or two tensors of their shapes such as their gradients, laid out as they are multiplied."""
         return A, B
 
     @property
@@ -124,14 +124,9 @@ class LoraLinear(nn.Module):
         A, B = self.matrices(*self.update)
         return bool((A.any(dim=-1) & B.any(dim=-2)).any())
 
-    @property
-    def filed(self) -> tuple[Tensor, Tensor]:
-        """A' and B' as they lie in a file."""
-        return self.update
-
     def saved(self) -> dict[str, Tensor]:
         """The adapter's tensors as a file holds them, by their names below the layer's own."""
-        own, pair = self.state_dict(keep_vars=True), dict(zip(self.pair_names, self.filed, strict=True))
+        own, pair = self.state_dict(keep_vars=True), dict(zip(self.pair_names, self.update, strict=True))
         return {name: pair[name] if name in pair else own[name] for name in self.tensor_shapes(0, 0, 0)}
 
     @torch.no_grad()
