@@ -151,7 +151,7 @@ def fine_tune(
     tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
     asked = with_tokens(lora, tokens, tokenizer)
     examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
-    net, _ = load_model(**base(model))
+    net, _ = load_model(**base(model), shard=training.shard)
     enlarge(net, len(tokenizer) if tokens.new_tokens else 0)
     batches = rows.make_batches(examples, data, seed=training.seed)
     torch.manual_seed(training.seed)  # the start of A

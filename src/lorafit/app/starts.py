@@ -13,7 +13,7 @@ from lorafit.lora.inits import BLANK, BLANK_KEPT, find_init
 from lorafit.lora.inject import Plan, add_lora, execute, find_targets
 from lorafit.lora.layers import scale_of
 from lorafit.lora.names import collapse
-from lorafit.lora.weights import read_weight
+from lorafit.lora.weights import whole_weight
 from lorafit.training.calibrate import Calibrated, calibrate
 
 Note = Callable[[str], None]
@@ -54,7 +54,7 @@ def described(net: nn.Module, config: LoraConfig, starts: Mapping[str, tuple[Ten
         layer = net.get_submodule(target.name)
         if isinstance(layer, nn.Embedding):
             continue
-        W, s = read_weight(layer), scale_of(target.r, target.alpha, config.rslora)
+        W, s = whole_weight(layer), scale_of(target.r, target.alpha, config.rslora)
         with torch.no_grad(), said_of(target.name):
             A, B = starts[target.name] if target.name in starts else init(W, target.r, s)
             shares[target.name] = (s**2 * ((B.T @ B) * (A @ A.T)).sum() / W.to(A.dtype).square().sum()).item()

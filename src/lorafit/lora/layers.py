@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from lorafit.errors import UsageError
 from lorafit.lora.fused import Parts, low_rank_linear
 from lorafit.lora.fused_dora import GainedLowRankLinear
 from lorafit.lora.inits import Init, factor_dtype, find_init
-from lorafit.lora.weights import read_weight, write_weight
+from lorafit.lora.weights import gathered, read_weight, whole_weight, write_weight
 
 TINY = 1e-30  # a squared norm below this is a row of zeros
 
@@ -72,8 +73,8 @@ class LoraLinear(nn.Module):
             self.start(self.base_weight(), find_init(init) if isinstance(init, str) else init)
 
     def base_weight(self) -> Tensor:
-        """W, (out, in)."""
-        return read_weight(self.base_layer)
+        """W, (out, in): all of it, wherever its slices are."""
+        return whole_weight(self.base_layer)
 
     def start(self, W: Tensor, init: Init) -> None:
         """Make A and B and give them their first values; keep these where B·A is not 0."""
@@ -253,14 +254,14 @@ class DoraLinear(LoraLinear):
     def row_norm(self) -> Tensor:
         """‖W + s·B·A‖ per row, (out,), without the sum: ‖w‖² + 2s·w·(BA) + s²‖BA‖², all r wide."""
         A, B = self.update
-        W = read_weight(self.base_layer)
+        W = self.base_weight()
         cross = ((W @ A.to(W.dtype).T).to(B.dtype) * B).sum(dim=1)
         square = ((B @ (A @ A.T)) * B).sum(dim=1)
         squared = self.base_norm_squared + 2 * self.scale * cross + self.scale**2 * square
         return squared.clamp_min(TINY).sqrt()
 
     def merged_weight(self) -> Tensor:
-        W = read_weight(self.base_layer)
+        W = self.base_weight()
         V = W.to(factor_dtype(W)) + self.delta()
         norm = V.square().sum(dim=1).clamp_min(TINY).sqrt()
         return (V * (self.lora_magnitude_vector / norm).unsqueeze(1)).to(W.dtype)
@@ -325,7 +326,13 @@ class TrainedCopy(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        if hasattr(base_layer, "unshard"):  # FSDP2's, which hooks would be copied with
+            raise UsageError(f"a {type(base_layer).__name__} that is dealt out by itself cannot be trained in full: no --shard")
         self.trained = copy.deepcopy(base_layer)
+        for module in self.trained.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if hasattr(parameter, "full_tensor"):  # what is trained is whole in every process
+                    setattr(module, name, nn.Parameter(gathered(parameter.detach())))
         self.enabled = True
         self.base_layer.requires_grad_(False)
         self.trained.requires_grad_(True)

@@ -21,7 +21,7 @@ from lorafit.errors import UsageError, said_of
 from lorafit.lora.inits import Init, Moments, Pair, Statistic, factor_dtype, find_init
 from lorafit.lora.inject import Target, attached, find_targets
 from lorafit.lora.layers import scale_of
-from lorafit.lora.weights import read_weight
+from lorafit.lora.weights import read_weight, whole_weight
 from lorafit.training.attention import row_attention
 from lorafit.training.loop import plan_passes
 from lorafit.training.memory import free_memory
@@ -71,7 +71,7 @@ def calibrate(
     with _frozen(model), evaluating(model):
         for target, statistic in _statistics(model, config, init, targets, batches, on_progress, on_note):
             most = max(target.r, min(round(rho * target.r), *target.shape))
-            W, s = read_weight(model.get_submodule(target.name)), scale_of(target.r, target.alpha, config.rslora)
+            W, s = whole_weight(model.get_submodule(target.name)), scale_of(target.r, target.alpha, config.rslora)
             with said_of(target.name):
                 starts[target.name] = init(W, most, s, statistic)
             if init.shares is not None:

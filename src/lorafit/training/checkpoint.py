@@ -44,7 +44,7 @@ from lorafit.lora.inject import adapted_layers, attached
 from lorafit.training.run import Record, Run, check_finite
 
 TENSORS, RUN = "tensors.safetensors", "run.json"
-FREE = ("save_every", "keep_checkpoints", "max_bad_steps", "checkpointing")
+FREE = ("save_every", "keep_checkpoints", "max_bad_steps", "checkpointing", "shard")
 """Settings that may change when a run goes on: they do not change what comes out."""
 
 

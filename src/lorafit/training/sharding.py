@@ -1,0 +1,106 @@
+"""The frozen base dealt out over several processes: PyTorch's own FSDP2, set up before a weight is read.
+
+Every process keeps a slice of each matrix. A transformer block is put together while it computes, in the forward pass
+and again in the backward pass, and the head and the embedding are while they are used; so beside its slices a process
+holds one block at a time. What is small and stands outside of the blocks (the last norm, positions) every process has.
+
+The adapter comes afterwards and FSDP2 never hears of it: its parameters are ordinary ones, the same in all processes,
+and their gradients are summed as they are without sharding. A frozen weight has no gradient, so nothing else is sent
+than weights.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafit.errors import ModelError, UsageError
+from lorafit.lora.tokens import base_embedding, base_head, tied
+from lorafit.training.blocks import find_blocks
+
+
+def shard(model: nn.Module, device: torch.device) -> nn.Module:
+    """Deal the parameters of the plain `model` out over all processes, and freeze them. Returns it.
+
+    `model` may be on the meta device: its parameters are slices from here on, and only these have to be read. UsageError
+    where there is one process; ModelError for a model without a list of blocks, or with a weight in several of them.
+    """
+    processes = check_processes()
+    blocks, name = find_blocks(model), type(model).__name__
+    if not blocks:
+        raise ModelError(f"{name} has no list of blocks to deal out over processes: leave --shard away")
+    owners = Counter(id(parameter) for block in blocks for parameter in set(block.parameters()))
+    if any(count > 1 for count in owners.values()):
+        raise ModelError(f"{name} uses one weight in several of its blocks, which cannot be dealt out: no --shard")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (processes,))
+    embedding, head, together = base_embedding(model), base_head(model), tied(model)
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    ends = [embedding if not together else None, head]
+    units = [*blocks, *(end for end in ends if end is not None and not any(id(p) in inside for p in end.parameters()))]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    if together and embedding is not None and head is not None:
+        _follow(embedding, head)
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    if isinstance(decoder, nn.Module) and decoder is not model:  # one root: the next block is sent while one computes
+        # It has no weight of its own that would be missed behind a view; the blocks are hooked one by one.
+        warnings.filterwarnings("ignore", message=rf"FSDP2-wrapped module \(FSDP{type(decoder).__name__}\) returned a view")
+        fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=_plain(decoder))
+    return model.requires_grad_(False)
+
+
+def check_processes() -> int:
+    """How many processes there are; UsageError if there is one."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    processes = torch.distributed.get_world_size() if distributed else 1
+    if processes == 1:
+        raise UsageError(
+            "shard deals the base out over several processes, and this is one: torchrun --nproc-per-node 2 -m lorafit …"
+        )
+    return processes
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the base of `model` is dealt out over processes."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Inside the block `module`, if it is one that was dealt out for itself, has its whole weight in every process."""
+    unit: Any = module
+    if not hasattr(module, "unshard"):
+        yield
+        return
+    unit.unshard()
+    try:
+        yield
+    finally:
+        unit.reshard()
+
+
+def _follow(embedding: nn.Module, head: nn.Module) -> None:
+    """The embedding uses the head's matrix, of which FSDP2 knows as the head's alone, and needs it in forward only."""
+    embedding.weight = head.weight
+
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        head.unshard()  # type: ignore[operator]
+        module.weight = head.weight
+
+    def end(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        head.reshard()  # type: ignore[operator]
+        module.weight = head.weight
+
+    embedding.register_forward_pre_hook(begin)
+    embedding.register_forward_hook(end, always_call=True)
+
+
+def _plain(module: nn.Module) -> set[nn.Parameter]:
+    return {parameter for parameter in module.parameters() if not hasattr(parameter, "full_tensor")}
