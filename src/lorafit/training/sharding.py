@@ -36,6 +36,9 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     owners = Counter(id(parameter) for block in blocks for parameter in set(block.parameters()))
     if any(count > 1 for count in owners.values()):
         raise ModelError(f"{name} uses one weight in several of its blocks, which cannot be dealt out: no --shard")
+    stacks = {p.shape[0] for block in blocks for p in block.parameters() if p.ndim == 3}
+    if few := sorted(n for n in stacks if -(-n // processes) * (processes - 1) >= n):
+        raise ModelError(f"{name}: of {few[0]} experts not every one of {processes} processes would have one: take fewer")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
