@@ -9,15 +9,15 @@ from typing import TypeVar
 import torch
 
 from lorafit.data.batches import Batch
-from lorafit.errors import OutOfMemory
+from lorafit.errors import LorafitError, OutOfMemory
 
 Value = TypeVar("Value")
 # How torch says that there is no memory where it has no class of errors for it.
 SIGNS = ("can't allocate memory", "out of memory", "std::bad_alloc", "ALLOC_FAILED")
 
 
-class PassTooLarge(Exception):
-    """A pass of several rows did not fit."""
+class PassTooLarge(LorafitError):
+    """A pass of several rows did not fit. Carries the tokens of the largest pass so far; every process hears of it."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class PassLimit:
             if not out_of_memory(error):
                 raise
             if len(batch.lengths) > 1:
-                raise PassTooLarge from error
+                raise PassTooLarge(self.largest) from error
             raise OutOfMemory(
                 f"{batch.sources[0]}: a single row of {batch.lengths[0]} tokens does not fit into memory: "
                 "lower max_length, use checkpointing, or take a smaller model"
@@ -49,12 +49,12 @@ class PassLimit:
             self.largest = 0
             try:
                 return attempt()
-            except PassTooLarge:
-                pass  # left before anything else is done: the error holds the frames, and they the tensors
+            except PassTooLarge as error:
+                largest: int = error.args[0]  # and nothing else here: the error holds the frames, and they the tensors
             gc.collect()
             if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.empty_cache()
-            before = self.largest if self.tokens is None else min(self.tokens, self.largest)
+            before = largest if self.tokens is None else min(self.tokens, largest)
             self.tokens = max(1, before // 2)
             on_note(f"out of memory with {before:,} tokens in a pass: from here on at most {self.tokens:,}")
 

@@ -91,12 +91,12 @@ def all_reduce(tensors: Iterable[Tensor]) -> None:
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Give each tensor, in place, the value that it has on process 0. They lie on the CPU."""
+    """Give each tensor, in place, the bits that it has on process 0. They are contiguous and lie on the CPU."""
     if not dist.is_initialized():
         return
     with _noticed():
         for tensor in tensors:
-            dist.broadcast(tensor, 0, group=_linked().control)
+            dist.broadcast(tensor.view(-1).view(torch.uint8), 0, group=_linked().control)
 
 
 def exchange(value: Any) -> list[Any]:

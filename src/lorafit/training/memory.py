@@ -66,13 +66,19 @@ def need(model: nn.Module, checkpointing: bool = False) -> Need:
     return Need(sum(p.nbytes for p in frozen), trained * FP32_WITH_ADAMW, token, LOGIT * min(TILE, config.vocab_size))
 
 
-def automatic_limit(model: nn.Module, batches: Batches, checkpointing: bool = False) -> int | None:
-    """How many tokens a pass may hold so that it fits into what is free; None: asked for already, or not known."""
+def automatic_limit(
+    model: nn.Module, batches: Batches, checkpointing: bool = False, processes: int = 1
+) -> int | None:
+    """How many tokens a pass may hold so that it fits into what is free; None: asked for already, or not known.
+
+    `processes` of this machine share its memory; a GPU is one's own.
+    """
     device = next(model.parameters()).device
     free = None if batches.max_tokens_per_pack is not None else free_memory(device)
     if free is None:
         return None
     what = need(model, checkpointing)
+    free = free // processes if device.type == "cpu" else free
     # The adapter's weights are there already, its gradients and moments are still to come.
     return what.tokens(USED * (free - what.adapter * 3 / 4))
 
