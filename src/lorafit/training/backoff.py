@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from lorafit.data.batches import Batch
-from lorafit.errors import LorafitError, OutOfMemory
+from lorafit.errors import LorafitError, OutOfMemory, ProcessError
 
 Value = TypeVar("Value")
 # How torch says that there is no memory where it has no class of errors for it.
@@ -26,14 +26,24 @@ class PassLimit:
 
     tokens: int | None = None
     largest: int = 0
+    sharded: bool = False
 
     @contextmanager
     def fits(self, batch: Batch) -> Iterator[None]:
-        """Around one pass: PassTooLarge if memory runs out, or OutOfMemory if the pass is a single row already."""
+        """Around one pass: PassTooLarge if memory runs out, or OutOfMemory if the pass is a single row already.
+
+        With a sharded base the other processes are waiting inside the same pass, and none of them can take it again:
+        whatever fails is a ProcessError, which ends the run at once.
+        """
         self.largest = max(self.largest, batch.input_ids.numel())
         try:
             yield
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
+            if self.sharded and not isinstance(error, LorafitError):
+                said = " ".join(str(error).split())[:200]
+                raise ProcessError(
+                    f"a pass of a sharded base failed ({said}); if memory ran out, lower max_tokens_per_pack"
+                ) from error
             if not out_of_memory(error):
                 raise
             if len(batch.lengths) > 1:

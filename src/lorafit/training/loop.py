@@ -29,6 +29,7 @@ from lorafit.training.modes import evaluating
 from lorafit.training.neftune import noisy
 from lorafit.training.optim import lr_at, make_optimizer
 from lorafit.training.run import Passes, Record, Result, Run, Stop, heed
+from lorafit.training.sharding import is_sharded
 from lorafit.training.ways import as_asked
 from lorafit.world import ALONE, World
 
@@ -64,6 +65,7 @@ def train(
     """
     config = config or TrainConfig()
     run = begin(model, batches, config, on_note)
+    stop = run.passes.asking(stop)
     saves = Checkpoints(run, resume or checkpoints, evaluation, on_note)
     saves.take_up(resume is not None)
     with _training(run, on_note), saves.kept_when_stopped():
@@ -171,12 +173,13 @@ def plan_passes(
     """
     packed = batches.packing and packs_exactly(model)
     limit = automatic_limit(model, batches, checkpointing, here.local_size)
-    if here.size > 1:
+    sharded = is_sharded(model)
+    if here.size > 1 or sharded:
         packs, fits = smallest(packed, limit or math.inf)
         packed, limit = bool(packs), int(fits) if math.isfinite(fits) else None
     if batches.packing and not packed:
         on_note(f"{type(model).__name__} does not keep packed rows apart: rows are padded instead")
-    return Passes(packed, find_head(model), PassLimit(limit), here)
+    return Passes(packed, find_head(model), PassLimit(limit, sharded=sharded), here, sharded)
 
 
 def count_steps(config: TrainConfig, batches: Batches) -> int:

@@ -7,6 +7,7 @@ far, and the records. `Run.state` takes it out as tensors and JSON, `Run.restore
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lorafit.lora.inject import wrappers
 from lorafit.training.backoff import PassLimit
 from lorafit.training.gradients import FlatGradients
 from lorafit.training.loss import Head, summed_loss
+from lorafit.training.sharding import anyone, evened
 from lorafit.world import ALONE, World
 
 Record = dict[str, Any]
@@ -77,10 +79,17 @@ class Passes:
     head: Head | None
     limit: PassLimit = field(default_factory=PassLimit, compare=False)
     world: World = ALONE
+    sharded: bool = False
 
     def window(self, batches: Batches, step: int) -> list[Batch]:
-        """The forward passes of step `step` that are this process's."""
-        return batches.window(step, packed=self.packed, limit=self.limit.tokens, world=self.world)
+        """The forward passes of step `step` that are this process's; as many as the others have, where all take part
+        in each."""
+        window = batches.window(step, packed=self.packed, limit=self.limit.tokens, world=self.world)
+        return evened(window, self.packed) if self.sharded else window
+
+    def asking(self, stop: Stop) -> Stop:
+        """`stop`, asked of all processes at once where all take part in each pass."""
+        return partial(anyone, stop) if self.sharded else stop
 
     def seed(self, number: int, *where: int) -> int:
         """The seed of this process's pass `number` of a step: no other pass, of no process, draws the same."""
