@@ -52,6 +52,5 @@ def _member(rank: int, size: int, port: int, pipe: Any, job: Callable[..., Any],
     try:
         pipe.send(job(*args))
     except Exception as error:
-        if "DEBUG" in os.environ:
-            traceback.print_exc()
+        traceback.print_exc()
         pipe.send(f"{type(error).__name__}: {error}")

@@ -1,12 +1,14 @@
 """The start of a fresh adapter, for a command: made from the weights or from the data, with progress, or described."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lorafit.app.rows import counted
-from lorafit.config import LoraConfig
+from lorafit.config import LoraConfig, as_dict
 from lorafit.data.batches import Batches
 from lorafit.errors import UsageError, said_of
 from lorafit.lora.inits import BLANK, BLANK_KEPT, find_init
@@ -15,19 +17,33 @@ from lorafit.lora.layers import scale_of
 from lorafit.lora.names import collapse
 from lorafit.lora.weights import whole_weight
 from lorafit.training.calibrate import Calibrated, calibrate
+from lorafit.training.checkpoint import whole_states
+from lorafit.training.distributed import exchange, main_first
+from lorafit.training.sharding import is_sharded
+from lorafit.world import World
 
 Note = Callable[[str], None]
 
 
-def put_in(net: nn.Module, config: LoraConfig, batches: Batches, on_note: Note, *, restored: bool = False) -> Plan:
+def put_in(
+    net: nn.Module, config: LoraConfig, batches: Batches, on_note: Note, *, kept_in: Path | None = None, here: World
+) -> Plan:
     """`add_lora`, behind a look at the data where the init wants one.
 
-    With `restored` the values are about to be read from a checkpoint: what takes long to make is not made.
+    Where `kept_in` holds a state of the run, the values are about to be read from it: what takes long to make is not
+    made. Of several processes only the first makes values; `train` gives them to the others. Where each has a slice of
+    the base they put one layer after the other together for it, and all make the same.
     """
-    init = find_init(config.init)
-    if restored and (init.start == "kept" or init.statistic is not None):
-        return laid_out(net, config)
-    return add_lora(net, *looked_at(net, config, batches, on_note))
+    init, plan, sharded = find_init(config.init), None, is_sharded(net)
+    with nullcontext() if sharded else main_first(here):
+        if here.is_main or sharded:
+            slow = init.start == "kept" or init.statistic is not None
+            if slow and kept_in is not None and whole_states(kept_in):
+                plan = laid_out(net, config)
+            else:
+                plan = add_lora(net, *looked_at(net, config, batches, on_note))
+    found = exchange(as_dict(plan.config) if plan else None)[0]
+    return plan or laid_out(net, LoraConfig(**found))
 
 
 def looked_at(net: nn.Module, config: LoraConfig, batches: Batches | None, on_note: Note) -> Calibrated:

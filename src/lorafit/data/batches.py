@@ -142,7 +142,7 @@ class Batches:
         processes each gets its share, which is empty where a step has fewer rows than there are processes.
         """
         packed = self.packing if packed is None else packed
-        rows = deal(self.rows(step), world.size)[world.rank]
+        rows = deal(self.rows(step), world.size)[(world.rank + step) % world.size]  # no process is always the idle one
         parts = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         return [collate(part, packed=packed) for whole in parts for part in self._split(whole, packed, limit)]
 

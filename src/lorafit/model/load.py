@@ -177,7 +177,7 @@ def model_folder(name: str | Path, *, revision: str | None = None) -> Path:
 def resolve_device(device: str | torch.device) -> torch.device:
     """`auto` is the first accelerator, else the CPU; a device this machine lacks is refused."""
     if device == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

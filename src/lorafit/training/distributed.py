@@ -23,6 +23,8 @@ from lorafit.world import ALONE, World, launched
 
 TIMEOUT = timedelta(minutes=10)
 """How long a sum waits for a process that is there but does not come. One that is gone is noticed at once."""
+SAID = "lorafit/said"
+"""In the store once a process has told why the run ends."""
 LONGEST_WAIT = 6 * 3600.0
 """Seconds that `exchange` waits: while process 0 fetches a model, say."""
 
@@ -109,6 +111,8 @@ def exchange(value: Any) -> list[Any]:
     with _noticed():
         link.store.set(keys[dist.get_rank()], json.dumps(value))
         while not link.store.check(keys):  # not `wait`, inside which no signal arrives
+            if link.store.check([SAID]):
+                raise ProcessError("another process of this run has ended")
             if time.monotonic() > end:
                 raise ProcessError(f"another process did not come within {LONGEST_WAIT / 3600:g} hours")
             time.sleep(pause)
@@ -176,7 +180,7 @@ def speaks() -> bool:
         here = launched()
         return here is None or here.is_main
     try:
-        return bool(_link.store.add("lorafit/said", 1) == 1)
+        return bool(_link.store.add(SAID, 1) == 1)
     except RuntimeError:
         return True
 

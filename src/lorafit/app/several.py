@@ -1,0 +1,59 @@
+"""A verb in several processes: who may be one of them, how they find each other, and that they speak with one voice."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+from lorafit.config import ModelConfig
+from lorafit.errors import UsageError
+from lorafit.world import ALONE, World, launched
+
+VERBS = ("train", "eval")
+
+
+def check(verb: str) -> None:
+    """UsageError for a verb that several processes would each do in full, in each other's way."""
+    here = launched()
+    if here is not None and here.size > 1 and verb not in VERBS:
+        raise UsageError(
+            f"{verb} is for one process, and this is one of {here.size}: start it without torchrun "
+            f"(or unset WORLD_SIZE); in several there are {', '.join(VERBS)}"
+        )
+
+
+@contextmanager
+def connected(model: ModelConfig) -> Iterator[World]:
+    """Inside, all processes of this launch know each other, and only process 0 is heard."""
+    here = launched()
+    if here is None:
+        yield ALONE
+        return
+    if here.size > 1 and ":" in model.device:
+        raise UsageError(f"{here.size} processes cannot all have {model.device}: each takes the GPU of its own number")
+    from lorafit.model.load import resolve_device
+    from lorafit.training.distributed import started
+
+    with started(resolve_device(model.device)) as here, open(os.devnull, "w") as nowhere:
+        if here.is_main:
+            yield here
+            return
+        with redirect_stdout(nowhere):
+            yield here
+
+
+def remote(*names: str | None) -> bool:
+    """Whether any of `names` is fetched from the hub: one process should do that first."""
+    return any(name and not Path(name.partition(":")[0]).expanduser().exists() for name in names)
+
+
+def speaks() -> bool:
+    """Whether it is this process that says why the command ends."""
+    try:
+        if launched() is None:
+            return True
+    except UsageError:
+        return True
+    from lorafit.training import distributed
+
+    return distributed.speaks()
