@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.multiprocessing.spawn import spawn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.speed.measure import machine
@@ -86,7 +86,7 @@ def trained(folder: str, shard: bool) -> dict[str, dict[str, int]]:
 
 
 def one(rank: int, processes: int, shard: bool, folder: str, port: int, out: str) -> None:
-    """`trained` in process `rank`, which writes it to `out`; a first time with a tiny model, for all that is imported."""
+    """`trained` in process `rank`, which writes it to `out`; before it with a tiny model, for all that is imported."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ |= {name: str(value) for name, value in {**names, "MASTER_PORT": port}.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
@@ -102,7 +102,7 @@ def measured(folder: str, processes: int, shard: bool) -> list[dict[str, dict[st
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        multiprocessing.spawn(one, (processes, shard, folder, port, out), nprocs=processes)
+        spawn(one, (processes, shard, folder, port, out), nprocs=processes)  # type: ignore[no-untyped-call]
         return [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(processes)]
 
 

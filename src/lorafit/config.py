@@ -210,7 +210,7 @@ class TrainConfig:
         if self.rule == "lora-fa" and self.lora_plus_ratio != 1:
             raise UsageError("rule lora-fa trains no A, so there is nothing for lora_plus_ratio to compare: raise lr")
         if self.shard and self.compile:
-            raise UsageError("compile works on whole blocks, and shard takes them apart between passes: take one of them")
+            raise UsageError("compile works on whole blocks, and shard takes them apart between passes: take one")
         if not (_is_number(self.save_every) and self.save_every >= 0):
             raise UsageError(f"save_every must not be negative, not {self.save_every!r}")
         if self.warmup < 0 or self.weight_decay < 0:

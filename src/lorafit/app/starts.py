@@ -35,10 +35,11 @@ def put_in(
     the base they put one layer after the other together for it, and all make the same.
     """
     init, plan, sharded = find_init(config.init), None, is_sharded(net)
+    slow = init.start == "kept" or init.statistic is not None
     with nullcontext() if sharded else main_first(here):
+        restored = slow and here.is_main and kept_in is not None and bool(whole_states(kept_in))
         if here.is_main or sharded:
-            slow = init.start == "kept" or init.statistic is not None
-            if slow and kept_in is not None and whole_states(kept_in):
+            if exchange(restored)[0] if sharded else restored:
                 plan = laid_out(net, config)
             else:
                 plan = add_lora(net, *looked_at(net, config, batches, on_note))

@@ -327,7 +327,7 @@ class TrainedCopy(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         if hasattr(base_layer, "unshard"):  # FSDP2's, which hooks would be copied with
-            raise UsageError(f"a {type(base_layer).__name__} that is dealt out by itself cannot be trained in full: no --shard")
+            raise UsageError("embedding and head cannot be trained in full where they are dealt out: no --shard")
         self.trained = copy.deepcopy(base_layer)
         for module in self.trained.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):

@@ -271,7 +271,7 @@ def enlarge(model: nn.Module, rows: int) -> bool:
 
 def _refuse_slices(layer: nn.Module) -> None:
     if hasattr(layer.weight, "full_tensor"):
-        raise UsageError("rows of an embedding that is dealt out over processes are neither added nor trained: no --shard")
+        raise UsageError("rows of a matrix that is dealt out over processes are neither added nor trained: no --shard")
 
 
 def _longer(old: nn.Parameter, rows: int) -> nn.Parameter:

@@ -32,8 +32,8 @@ MMAP_THRESHOLD = -3  # mallopt's name for it
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
     """Deal the parameters of the plain `model` out over all processes, and freeze them. Returns it.
 
-    `model` may be on the meta device: its parameters are slices from here on, and only these have to be read. UsageError
-    where there is one process; ModelError for a model without a list of blocks, or with a weight in several of them.
+    `model` may be on the meta device: its parameters are slices from here on, and only these have to be read.
+    UsageError where there is one process; ModelError for a model without a list of blocks, or with a weight in several.
     """
     processes = check_processes()
     blocks, name = find_blocks(model), type(model).__name__
@@ -44,7 +44,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
         raise ModelError(f"{name} uses one weight in several of its blocks, which cannot be dealt out: no --shard")
     stacks = {p.shape[0] for block in blocks for p in block.parameters() if p.ndim == 3}
     if few := sorted(n for n in stacks if -(-n // processes) * (processes - 1) >= n):
-        raise ModelError(f"{name}: of {few[0]} experts not every one of {processes} processes would have one: take fewer")
+        raise ModelError(f"{name}: of {few[0]} experts not every one of {processes} would have one: take fewer")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -62,7 +62,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     decoder = getattr(model, "get_decoder", lambda: None)()
     if isinstance(decoder, nn.Module) and decoder is not model:  # one root: the next block is sent while one computes
         # It has no weight of its own that would be missed behind a view; the blocks are hooked one by one.
-        warnings.filterwarnings("ignore", message=rf"FSDP2-wrapped module \(FSDP{type(decoder).__name__}\) returned a view")
+        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(FSDP{type(decoder).__name__}\) returned a view")
         fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=_plain(decoder))
     return model.requires_grad_(False)
 
