@@ -833,12 +833,13 @@ def in_company(line: str) -> tuple[int, str, str]:
         return main(line.split()), out.getvalue(), err.getvalue()
 
 
+@pytest.mark.parametrize("flags", ["", " --shard"])
 def test_train_in_two_processes_is_train_in_one(
-    run_folder: Path, model_folder: Path, data_file: Path, tmp_path: Path
+    flags: str, run_folder: Path, model_folder: Path, data_file: Path, tmp_path: Path
 ) -> None:
     """The settings of `run_folder`; in fp32 and at this learning rate AdamW makes 1e-5 of what rounding differs by."""
     line = f"train --model {model_folder} --data {data_file} --out OUT --dtype float32 --device cpu --r 4"
-    line = f"{line} --lr 1e-2 --epochs 2 --eval-rows 4 --batch_size 4 --init gaussian"
+    line = f"{line} --lr 1e-2 --epochs 2 --eval-rows 4 --batch_size 4 --init gaussian{flags}"
     first, second = processes.run(2, in_company, line.replace("OUT", str(tmp_path / "run")))
     assert (first[0], second) == (0, (0, "", ""))
     assert "16 rows to train on" in first[1]
@@ -848,6 +849,10 @@ def test_train_in_two_processes_is_train_in_one(
     for name in ("loss", "lr", "grad_norm"):
         assert [r[name] for r in two.records] == pytest.approx([r[name] for r in one.records], rel=1e-3)
     assert list(two.evaluations.values()) == pytest.approx(list(one.evaluations.values()), rel=1e-4)
+    assert [layer["layer"] for layer in two.about["layers"]] == [layer["layer"] for layer in one.about["layers"]]
+    assert [sample["before"] for sample in two.about["samples"]] == [sample["before"] for sample in one.about["samples"]]
+    configs = [json.loads((f / "adapter/adapter_config.json").read_bytes()) for f in (tmp_path / "run", run_folder)]
+    assert configs[0] == configs[1]
     made, expected = (load_file(f / "adapter/adapter_model.safetensors") for f in (tmp_path / "run", run_folder))
     for name, tensor in expected.items():
         assert torch.allclose(made[name], tensor, atol=1e-3), name
