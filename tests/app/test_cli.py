@@ -888,9 +888,9 @@ def test_of_two_processes_one_says_what_is_wrong(
 def test_torchrun_and_accelerate_start_it(launch: str, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     how = {
         "torch.distributed.run": "--nproc-per-node 2",
-        "accelerate.commands.launch": "--cpu --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no",
+        "accelerate.commands.launch": "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no",
     }
-    line = f"{sys.executable} -m {launch} {how[launch]} -m lorafit train --model {model_folder} --data {data_file}"
+    line = f"{sys.executable} -m {launch} {how[launch]} -m lorafit -- train --model {model_folder} --data {data_file}"
     line += f" --out {tmp_path / 'run'} --dtype float32 --device cpu --r 4 --init eva --batch_size 4 --samples 0"
     done = subprocess.run(line.split(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

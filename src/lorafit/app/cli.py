@@ -398,7 +398,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def answer(arguments: list[str]) -> int:
     """Whatever happens, one line and an exit code."""
     try:
-        run([argument for argument in arguments if argument != "--debug"])
+        # A first "--" is for torchrun, which on Python 3.11 takes --r for one of its own options.
+        run([argument for argument in arguments[arguments[:1] == ["--"] :] if argument != "--debug"])
     except SystemExit as stopped:  # argparse has printed the help
         return int(stopped.code or 0)
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ piece; then every process takes the same step, so that the adapters stay the sam
 """
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ TIMEOUT = timedelta(minutes=10)
 """How long a sum waits for a process that is there but does not come. One that is gone is noticed at once."""
 SAID = "lorafit/said"
 """In the store once a process has told why the run ends."""
+MOMENT = 0.0 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 5.0
 LONGEST_WAIT = 6 * 3600.0
 """Seconds that `exchange` waits: while process 0 fetches a model, say."""
 
@@ -175,12 +177,19 @@ def main_first(here: World) -> Iterator[None]:
 
 
 def speaks() -> bool:
-    """Whether it is this process that tells why the run ends: the first that asks, or 0 where none can be asked."""
+    """Whether it is this process that tells why the run ends: the first that asks, or 0 where none can be asked.
+
+    Where it is process 0 that keeps the store, and not torchrun, it stays a moment: the others ask there, too.
+    """
     if _link is None:
         here = launched()
         return here is None or here.is_main
     try:
-        return bool(_link.store.add(SAID, 1) == 1)
+        first = bool(_link.store.add(SAID, 1) == 1)
+        end = time.monotonic() + MOMENT
+        while dist.get_rank() == 0 and _link.store.add(SAID, 0) < dist.get_world_size() and time.monotonic() < end:
+            time.sleep(0.01)
+        return first
     except RuntimeError:
         return True
 
