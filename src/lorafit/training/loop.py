@@ -16,7 +16,7 @@ from torch import nn
 
 from lorafit.config import TrainConfig
 from lorafit.data.batches import Batches
-from lorafit.errors import NumericError, listing
+from lorafit.errors import NumericError, UsageError, listing
 from lorafit.lora.inject import wrappers
 from lorafit.lora.layers import LoraLinear
 from lorafit.training.attention import packs_exactly, row_attention
@@ -156,6 +156,8 @@ def _try_evaluation(model: nn.Module, batches: Batches, passes: Passes, stop: St
 
 def begin(model: nn.Module, batches: Batches, config: TrainConfig, on_note: Note = lambda sentence: None) -> Run:
     """A run before its first step."""
+    if config.shard and not is_sharded(model):
+        raise UsageError("shard: this model was loaded whole: load_model(…, shard=True), in every process")
     passes = plan_passes(model, batches, on_note, config.checkpointing, world())
     return Run(model, batches, config, passes, make_optimizer(model, config), count_steps(config, batches))
 
