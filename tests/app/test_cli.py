@@ -850,7 +850,7 @@ def test_train_in_two_processes_is_train_in_one(
         assert [r[name] for r in two.records] == pytest.approx([r[name] for r in one.records], rel=1e-3)
     assert list(two.evaluations.values()) == pytest.approx(list(one.evaluations.values()), rel=1e-4)
     assert [layer["layer"] for layer in two.about["layers"]] == [layer["layer"] for layer in one.about["layers"]]
-    assert [sample["before"] for sample in two.about["samples"]] == [sample["before"] for sample in one.about["samples"]]
+    assert [row["before"] for row in two.about["samples"]] == [row["before"] for row in one.about["samples"]]
     configs = [json.loads((f / "adapter/adapter_config.json").read_bytes()) for f in (tmp_path / "run", run_folder)]
     assert configs[0] == configs[1]
     made, expected = (load_file(f / "adapter/adapter_model.safetensors") for f in (tmp_path / "run", run_folder))
