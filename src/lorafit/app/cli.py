@@ -151,11 +151,10 @@ def fine_tune(
     from lorafit.lora.tokens import enlarge
     from lorafit.model.load import load_model, load_tokenizer, model_folder
     from lorafit.training import loop
-    from lorafit.training.distributed import main_first, together
+    from lorafit.training.distributed import together
 
     console = make_console()
-    fetched = several.remote(model.model, model.adapter, data.data, data.eval_data)
-    with main_first(here) if fetched else nullcontext():
+    with several.fetching(here, model.model, model.adapter, data.data, data.eval_data):
         tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
         asked = with_tokens(lora, tokens, tokenizer)
         examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)

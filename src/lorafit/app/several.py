@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
 from lorafit.config import ModelConfig
@@ -42,9 +42,12 @@ def connected(model: ModelConfig) -> Iterator[World]:
             yield here
 
 
-def remote(*names: str | None) -> bool:
-    """Whether any of `names` is fetched from the hub: one process should do that first."""
-    return any(name and not Path(name.partition(":")[0]).expanduser().exists() for name in names)
+def fetching(here: World, *names: str | None) -> AbstractContextManager[None]:
+    """Around reading `names`: where one of them is on the hub, process 0 does it first, and the others find it here."""
+    from lorafit.training.distributed import main_first
+
+    local = all(not name or Path(name.partition(":")[0]).expanduser().exists() for name in names)
+    return nullcontext() if local else main_first(here)
 
 
 def speaks() -> bool:
