@@ -45,7 +45,7 @@ def summed_loss(model: nn.Module, batch: Batch, head: Head | None) -> Tensor:
     else:
         states = head.decoder(**batch.inputs(), use_cache=False).last_hidden_state
         hidden = states.flatten(0, 1)[batch.predict]  # (n, h)
-        if _is_frozen_matrix(head.output):
+        if is_frozen_matrix(head.output):
             return linear_cross_entropy(hidden, head, batch.targets)
         logits = head.logits(hidden)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.targets, reduction="sum")
@@ -161,7 +161,8 @@ def _caps(config: Any) -> list[float | None]:
     return [float(cap), None] if cap else [None]
 
 
-def _is_frozen_matrix(layer: nn.Module) -> bool:
+def is_frozen_matrix(layer: nn.Module) -> bool:
+    """Whether `layer` can be the head that is walked in tiles; the logits of any other one are made whole."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks
     return type(layer) is nn.Linear and not hooks and not any(p.requires_grad for p in layer.parameters())
 
