@@ -24,7 +24,7 @@ from lorafit.errors import DiskError, ModelError, UsageError, listing, nearest
 from lorafit.files import new_folder
 from lorafit.hub import adapter_folder, reason
 from lorafit.lora.tokens import enlarge
-from lorafit.model.storage import store
+from lorafit.model.storage import store, stored_while_loading
 
 DTYPES = {str(t).partition(".")[2]: t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 
@@ -54,7 +54,7 @@ def load_model(
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if place.type != "cpu":  # straight from the file to the accelerator
         options["device_map"] = {"": place}
-    with _explained(name, "model"):
+    with _explained(name, "model"), stored_while_loading(storage):
         model, report = AutoModelForCausalLM.from_pretrained(
             where, dtype=precision, output_loading_info=True, **options
         )
