@@ -3,15 +3,14 @@
 What is changed layer by layer is changed while the model is loaded, so that it never lies there densely.
 """
 
-import mmap
+import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import core_model_loading
 from transformers.pytorch_utils import Conv1D
 
@@ -49,10 +48,8 @@ def stored_while_loading(storage: str) -> Iterator[None]:
         layer = model.get_submodule(name)
         tied: Any = getattr(model, "all_tied_weights_keys", {})
         if key == "weight" and _is_stored(model, layer) and target not in (*tied, *tied.values()):
-            made = _replaced(layer, storage)
-            for tensor in made.state_dict(keep_vars=True).values():
-                tensor.data = _apart(tensor.data)
-            model.set_submodule(name, made)
+            model.set_submodule(name, _replaced(layer, storage))
+            _give_back()
 
     # Threads that read ahead would hold the whole model densely.
     with (
@@ -92,16 +89,10 @@ def _replaced(layer: Any, storage: str) -> nn.Module:
     return made
 
 
-def _apart(tensor: Tensor) -> Tensor:
-    """The same values in pages of their own, where large tensors would be taken from glibc's heap.
-
-    Narrow layers among the dense ones that come and go there would leave holes into which the next dense one does not
-    fit: loading 144 MiB of 8-bit blocks this way takes 240 MiB at most, otherwise 900.
-    """
-    if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.nbytes:
-        return tensor
-    pages = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+def _give_back() -> None:
+    """Have glibc return what was freed: the holes that dense layers leave among narrow ones seldom fit the next one."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def _check(storage: str) -> None:
