@@ -1,9 +1,9 @@
 """What each initialisation costs on Qwen1.5-0.5B's shape: seconds, and peak memory beside the model and the adapter.
 
-`python -m benchmarks.init_cost` (about half an hour on two CPU cores; `--only pissa,eva` for some of it, `--layers 2` for a look).
-Each runs in a process of its own, one after the other; those that look at data see `--rows` rows of workload W2. The
-weights are random, which costs as much as trained ones. The figures go to results/init_cost.json and docs/methods.md after
-each init, and one that is there already is not run again.
+`python -m benchmarks.init_cost` (about half an hour on two CPU cores; `--only pissa,eva` for some of it,
+`--layers 2` for a look). Each runs in a process of its own, one after the other; those that look at data see `--rows`
+rows of workload W2. The weights are random, which costs as much as trained ones. The figures go to
+results/init_cost.json and docs/methods.md after each init, and one that is there already is not run again.
 """
 
 import argparse
@@ -91,9 +91,9 @@ def table(found: list[dict[str, Any]]) -> str:
     ]
     how, where = last["settings"], last["machine"]
     note = (
-        f"{how['layers']} layers of Qwen1.5-0.5B's shape, all linear layers, r = {how['r']}, fp32, {how['rows']} rows of workload W2 "
-        f"to look at; memory is the peak above model and adapter. {where['cpu']}, threads: {where['threads']}. Made by "
-        "`python -m benchmarks.init_cost`."
+        f"{how['layers']} layers of Qwen1.5-0.5B's shape, all linear layers, r = {how['r']}, fp32, {how['rows']} rows "
+        f"of workload W2 to look at; memory is the peak above model and adapter. {where['cpu']}, threads: "
+        f"{where['threads']}. Made by `python -m benchmarks.init_cost`."
     )
     return f"{grid(['init', 's', 'of these looking at data, s', 'memory, MiB'], rows)}\n\n{note}"
 

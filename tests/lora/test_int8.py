@@ -1,7 +1,6 @@
 """8-bit layers are the dequantised dense layers, in everything but memory."""
 
 import copy
-import gc
 import os
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from lorafit.errors import AdapterError, CheckpointError, ModelError, UsageError
 from lorafit.lora.inject import wrappers
 from lorafit.lora.int8 import Int8Linear
 from lorafit.lora.weights import read_weight, write_weight
+from lorafit.model import storage
 from lorafit.model.storage import store, stored_while_loading
 from lorafit.training.memory import need
 from tests.test_peft_parity import assert_same, in_peft, logits
@@ -178,14 +178,15 @@ def test_a_model_is_never_dense_while_it_is_loaded(
         loader: Any = transformers.AutoModelForCausalLM
         whole = store(loader.from_pretrained(tmp_path / family, dtype=torch.float32), "int8").eval()
         dense: list[int] = []
-        plain = Int8Linear.__init__
 
-        def counted(made: Int8Linear, layer: Any, plain: Any = plain, dense: list[int] = dense) -> None:
-            dense.append(sum(not m.weight.is_meta for m in model_of(layer).modules() if type(m) in (nn.Linear, Conv1D)))
-            plain(made, layer)
+        def counted(model: nn.Module, layer: nn.Module, plain: Any = storage._is_stored, dense: Any = dense) -> Any:
+            found = plain(model, layer)
+            linear = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
+            dense.extend([sum(not m.weight.is_meta for m in linear)] * found)
+            return found
 
         with monkeypatch.context() as patched, stored_while_loading("int8"):
-            patched.setattr(Int8Linear, "__init__", counted)
+            patched.setattr(storage, "_is_stored", counted)
             model = loader.from_pretrained(tmp_path / family, dtype=torch.float32)
         assert len(dense) == sum(isinstance(m, Int8Linear) for m in whole.modules()) > 0
         assert max(dense) <= 2  # this one, and the head
@@ -194,13 +195,6 @@ def test_a_model_is_never_dense_while_it_is_loaded(
         assert {name: type(module) for name, module in model.named_modules()} == {
             name: type(module) for name, module in whole.named_modules()
         }
-
-
-def model_of(layer: nn.Module) -> nn.Module:
-    """The model that is being loaded and has `layer` in it."""
-    models = (m for m in gc.get_objects() if isinstance(m, transformers.PreTrainedModel))
-    return next(model for model in models if any(module is layer for module in model.modules())
-                and hasattr(model, "lm_head"))  # fmt: skip
 
 
 class Stop(Exception):

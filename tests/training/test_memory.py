@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.speed import measure
 from lorafit import Batches, LoraConfig, TrainConfig, add_lora, evaluate, train
 from lorafit.data.batches import Batch, collate
 from lorafit.data.chat import Example
 from lorafit.errors import Interrupted, OutOfMemory
 from lorafit.training import memory
-from benchmarks.speed import measure
 from lorafit.training.backoff import PassLimit, PassTooLarge, out_of_memory
 from lorafit.training.loop import begin, plan_passes, take_step
 from lorafit.training.loss import find_head

@@ -56,7 +56,7 @@ def test_groups_are_what_sees_one_tensor(family: str, tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    "family, variant",
+    ("family", "variant"),
     [*((family, "lora") for family in ("llama", "cohere", "falcon", "gpt2", "gemma2")), ("llama", "dora")],
 )
 def test_the_loss_and_every_gradient_are_the_same(
