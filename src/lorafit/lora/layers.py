@@ -24,7 +24,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafit.errors import UsageError
 from lorafit.lora.fused import Parts, low_rank_linear
-from lorafit.lora.fused_dora import GainedLowRankLinear
 from lorafit.lora.inits import Init, factor_dtype, find_init
 from lorafit.lora.weights import gathered, read_weight, whole_weight, write_weight
 
@@ -149,12 +148,23 @@ class LoraLinear(nn.Module):
     def delta(self) -> Tensor:
         """ΔW = s·B'·A', dense (out, in), in the precision of A and B."""
         A, B = self.matrices(*self.update)
-        return self.scale * (B @ A)
+        return (B @ A).mul_(self.scale)
 
     def merged_weight(self) -> Tensor:
         """W + s·B·A, summed in fp32 and rounded once to W's dtype, (out, in)."""
         W = self.base_weight()
-        return (W.to(factor_dtype(W)) + self.delta()).to(W.dtype)
+        return self.delta().add_(W).to(W.dtype)
+
+    @torch.no_grad()
+    def bound(self) -> float:
+        """No value of `merged_weight` is larger; NaN or infinite where W, A or B is.
+
+        max|W| + s·max‖b‖·max‖a‖, with b a row of B' and a a column of A'.
+        """
+        A, B = self.matrices(*self.update)
+        low, high = self.base_weight().aminmax()
+        largest = torch.maximum(-low, high).to(A.dtype)
+        return float(largest + self.scale * B.norm(dim=-1).amax() * A.norm(dim=-2).amax())
 
     def write_merged(self) -> nn.Module:
         """Make the merged weight the base layer's own; returns the layer that has it."""
@@ -211,7 +221,12 @@ class LoraLinear(nn.Module):
     @property
     def parts(self) -> Parts:
         """What `low_rank_linear` works with."""
-        return Parts(read_weight(self.base_layer), self.bias, *self.update, self.scale)
+        return Parts(read_weight(self.base_layer), self.bias, *self.update, self.scale, self.gain)
+
+    @property
+    def gain(self) -> Tensor | None:
+        """What multiplies all but the bias, (out,), where something does."""
+        return None
 
     @property
     def drops(self) -> bool:
@@ -219,14 +234,10 @@ class LoraLinear(nn.Module):
         return self.training and isinstance(self.dropout, nn.Dropout)
 
     def _fused(self, x: Tensor) -> Tensor:
+        """`forward` with a hand-written backward."""
         rows = x.reshape(-1, x.shape[-1])
-        y = self._fused_rows(rows, self.dropout(rows) if self.drops else None)
+        (y,) = low_rank_linear(rows, self.dropout(rows) if self.drops else None, [self.parts])
         return y.reshape(*x.shape[:-1], y.shape[-1])
-
-    def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
-        """`forward` with a hand-written backward, (n, in) -> (n, out); `dropped` is x behind an active dropout."""
-        (y,) = low_rank_linear(x, dropped, [self.parts])
-        return y
 
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha:g}"
@@ -262,7 +273,7 @@ class DoraLinear(LoraLinear):
 
     def merged_weight(self) -> Tensor:
         W = self.base_weight()
-        V = W.to(factor_dtype(W)) + self.delta()
+        V = self.delta().add_(W)
         norm = V.square().sum(dim=1).clamp_min(TINY).sqrt()
         return (V * (self.lora_magnitude_vector / norm).unsqueeze(1)).to(W.dtype)
 
@@ -276,11 +287,6 @@ class DoraLinear(LoraLinear):
         gain = self.gain
         # y plus a difference that is exactly 0 at the start, so that step 0 is the base model bit for bit.
         return y + (gain - 1).to(y.dtype) * Wx + gain.to(y.dtype) * self._low_rank(x).to(y.dtype)
-
-    def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
-        W, (A, B) = read_weight(self.base_layer), self.update
-        y: Tensor = GainedLowRankLinear.apply(x, dropped, W, self.bias, A, B, self.gain, self.scale)  # type: ignore[no-untyped-call]
-        return y
 
 
 class LoraEmbedding(LoraLinear):

@@ -6,7 +6,7 @@ transformers would fill it with random numbers and go on.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lorafit.errors import DiskError, ModelError, UsageError, listing, nearest
 from lorafit.files import new_folder
 from lorafit.hub import adapter_folder, reason
 from lorafit.lora.tokens import enlarge
-from lorafit.model.storage import store
+from lorafit.model.storage import store, stored_while_loading
 from lorafit.training.sharding import check_processes
 from lorafit.training.sharding import shard as shard_base
 
@@ -61,7 +61,8 @@ def load_model(
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if place.type != "cpu":  # straight from the file to the accelerator
         options["device_map"] = {"": place}
-    with _explained(name, "model"), _dealt_out(place, options) if shard else nullcontext():
+    loading = _dealt_out(place, options) if shard else stored_while_loading(storage)
+    with _explained(name, "model"), loading:
         model, report = AutoModelForCausalLM.from_pretrained(
             where, dtype=precision, output_loading_info=True, **options
         )

@@ -46,7 +46,7 @@ def summed_loss(model: nn.Module, batch: Batch, head: Head | None) -> Tensor:
     else:
         states = head.decoder(**batch.inputs(), use_cache=False).last_hidden_state
         hidden = states.flatten(0, 1)[batch.predict]  # (n, h)
-        if _is_frozen_matrix(head.output):
+        if is_frozen_matrix(head.output):
             return linear_cross_entropy(hidden, head, batch.targets)
         logits = head.logits(hidden)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.targets, reduction="sum")
@@ -163,7 +163,8 @@ def _caps(config: Any) -> list[float | None]:
     return [float(cap), None] if cap else [None]
 
 
-def _is_frozen_matrix(layer: nn.Module) -> bool:
+def is_frozen_matrix(layer: nn.Module) -> bool:
+    """Whether `layer` can be the head that is walked in tiles; the logits of any other one are made whole."""
     kind, hooks = type(layer), len(layer._forward_hooks) + len(layer._forward_pre_hooks)
     if hasattr(layer, "unshard"):  # dealt out over processes: FSDP2 put a class in front of its own, and a hook of each
         kind, hooks = kind.__mro__[2], hooks - 2
