@@ -63,6 +63,7 @@ FIELDS: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"trainable_token_indices": [5]}, {"sglang": "ignores", "tgi": "ignores"}),
     ({"target_modules": ".*q_proj"}, {"sglang": "rejects"}),
     ({"target_modules": None}, {"sglang": "rejects"}),
+    ({"fan_in_fan_out": True}, {"llama.cpp": "rejects"}),
     ({"base_model_name_or_path": None}, {"llama.cpp": "needs"}),
 ]
 

@@ -194,6 +194,11 @@ def _experts(seen: Seen) -> str | None:
     return f"LoRA on stacks of experts: {listing(dict.fromkeys(seen.experts), 2)}" if seen.experts else None
 
 
+def _conv1d(seen: Seen) -> str | None:
+    conv1d = seen.raw["fan_in_fan_out"]
+    return "LoRA on Conv1D layers (fan_in_fan_out); lorafit export --to gguf lays it out" if conv1d else None
+
+
 def _head(seen: Seen) -> str | None:
     heads = [name for name in seen.ranks if name.rsplit(".", 1)[-1] in ("lm_head", "embed_out", "output")]
     return f"LoRA on the output head: {listing(heads, 2)}" if heads else None
@@ -357,6 +362,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("rejects", _no_norms, f"{LLAMA}: not a lora_A or lora_B tensor"),
         Rule("rejects", _field("bias"), f"{LLAMA}: not a lora_A or lora_B tensor"),
         Rule("rejects", _experts, f"{LLAMA}: no tensor of that name"),
+        Rule("rejects", _conv1d, "llama.cpp conversion/gpt2.py at 0c1e5709 transposes the factors"),
         Rule("rejects", _head, "where it is tied to the embedding, llama.cpp#9065"),
         Rule("ignores", _norms, "llama.cpp src/llama-adapter.cpp at 0c1e5709: passes over *_norm.weight"),
         Rule("ignores", _rslora, f"{LLAMA}: the field is not read"),
