@@ -246,7 +246,7 @@ def _saved(*fine: str) -> Callable[[Seen], str | None]:
 def _different_alphas(seen: Seen) -> str | None:
     """alpha_pattern, if it changes anything."""
     try:
-        alphas = patterned("alpha_pattern", seen.raw, list(seen.ranks))
+        alphas = patterned("alpha_pattern", seen.raw, {name: name for name in seen.ranks})
     except (AdapterError, UsageError):
         return _field("alpha_pattern")(seen)
     other = [name for name, alpha in alphas.items() if alpha != seen.raw["lora_alpha"]]

@@ -110,7 +110,8 @@ def _peft(job: _Job) -> str:
 
 
 def _vllm(job: _Job) -> str:
-    _write_plain(job)
+    modules = {"target_modules": sorted(job.pairs), "target_parameters": None} if job.source.by_weight else {}
+    _write_plain(job, **modules)
     flag = lora_rank_flag(job.r)
     if flag is None:
         return f"vllm: rank {job.r} is more than it takes; export it with --rank 512 or less"
@@ -118,9 +119,9 @@ def _vllm(job: _Job) -> str:
     return f"vllm serve {job.base} --enable-lora --max-lora-rank {flag} --lora-modules {name}={job.out}"
 
 
-def _write_plain(job: _Job) -> None:
+def _write_plain(job: _Job, **known: Any) -> None:
     named = {} if job.base_model is None else {"base_model_name_or_path": job.base_model}
-    write_stored(job.out, job.pairs, [job.source], task_type="CAUSAL_LM", **named)
+    write_stored(job.out, job.pairs, [job.source], task_type="CAUSAL_LM", **named, **known)
 
 
 # --- mlx-lm ---------------------------------------------------------------------------------------------

@@ -443,10 +443,10 @@ def _tokens(model: nn.Module, value: Any, modules: Mapping[str, nn.Module]) -> d
     return {"train_tokens": tuple(ids), "token_layers": tuple(found)}
 
 
-def patterned(field: str, raw: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    """The rank or alpha of each of the layers `names`: `field` is rank_pattern or alpha_pattern."""
+def patterned(field: str, raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The rank or alpha of layers, by rank_pattern or alpha_pattern; `names` gives for each what PEFT matches."""
     default = raw["r" if field == "rank_pattern" else "lora_alpha"]
-    return dict.fromkeys(names, default) | _spelled_out(field, raw[field], {name: name for name in names}, default)
+    return dict.fromkeys(names, default) | _spelled_out(field, raw[field], names, default)
 
 
 def _spelled_out(field: str, pattern: Mapping[str, Any], names: Mapping[str, str], default: float) -> dict[str, Any]:
