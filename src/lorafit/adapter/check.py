@@ -7,7 +7,7 @@ program may have moved on since. Files are looked at with nothing believed and n
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,17 +53,18 @@ class Seen:
     raw: Mapping[str, Any]
     stated: frozenset[str]
     ranks: Mapping[str, int]
-    embeddings: tuple[str, ...]
-    magnitudes: tuple[str, ...]
-    experts: tuple[str, ...]
-    others: tuple[str, ...]
+    embeddings: Sequence[str]
+    magnitudes: Sequence[str]
+    experts: Sequence[str]
+    others: Sequence[str]
     blocks: int
     adds_tokens: bool
 
     @property
     def most(self) -> int:
         """The largest rank that the configuration or a tensor names."""
-        return max([self.raw["r"], *self.raw["rank_pattern"].values(), *self.ranks.values()])
+        stated: list[int] = [self.raw["r"], *self.raw["rank_pattern"].values()]
+        return max(stated + list(self.ranks.values()))
 
     @property
     def kinds(self) -> dict[str, set[int]]:
@@ -120,7 +121,8 @@ def _look(folder: Path) -> Seen:
     for name, value in raw.items():
         if name in KINDS and value is not None and not KINDS[name].fits(value):
             raise AdapterError(f"{folder / CONFIG}: {name}={shown(value)}: {KINDS[name].expected} is expected")
-    ranks, embeddings, magnitudes, experts, others = {}, [], [], [], []
+    ranks: dict[str, int] = {}
+    embeddings, magnitudes, experts, others = [], [], [], []
     with open_adapter(folder) as (file, entries):
         for name, entry in entries.items():
             found = FACTOR.fullmatch(name)
@@ -137,8 +139,17 @@ def _look(folder: Path) -> Seen:
                 others.append(name)
         blocks = _blocks(file.metadata.get(NOTE, ""))
     fields = DEFAULTS | {name: value for name, value in raw.items() if value is not None}
-    lists = (tuple(found) for found in (embeddings, magnitudes, experts, others))
-    return Seen(fields, frozenset(raw), ranks, *lists, blocks, (folder / "added_tokens.json").is_file())
+    return Seen(
+        fields,
+        frozenset(raw),
+        ranks,
+        embeddings,
+        magnitudes,
+        experts,
+        others,
+        blocks,
+        adds_tokens=(folder / "added_tokens.json").is_file(),
+    )
 
 
 def _blocks(note: str) -> int:
