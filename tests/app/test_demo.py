@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 import sys
 from itertools import chain
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lorafit.app import demo, demo_data, demo_model
+from lorafit.app import cli, demo, demo_data, demo_model
 from lorafit.app.demo_data import NEW_PATTERNS, PATTERNS, make_rows
 from lorafit.errors import ModelError
 from lorafit.model.load import load_model
@@ -151,6 +152,14 @@ def test_quick_demo_runs_through_where_an_earlier_one_has_been(
     assert scores["with adapter"]["rows"] == 2
     for words in ("a quick run", "base model", "with adapter", "merged model", str(out / "merged"), "loss.png"):
         assert words in shown.replace("\n", "")
+    assert f"lorafit report {out}" in shown
+    page = out / "report.html"
+    assert cli.main(["report", str(out)]) == 0
+    assert re.findall(r'class="missing">([^<]*)<', page.read_text()) == [
+        "Not shown: the held-out rows were not measured while training."
+    ]
+    for words in ("with adapter</td><td>0 of 2 exactly right, loss", "held_out.jsonl:1", "8 to train on, 2 held out"):
+        assert words in page.read_text(), words
 
 
 def test_files_hold_the_rows(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from torch import nn
 
 from lorafit.adapter.peft_format import save_lora
 from lorafit.app import runs
+from lorafit.app.about import about
 from lorafit.app.demo_data import INSTRUCTION, OPENING, Messages, Row, explained, make_rows
 from lorafit.app.demo_model import demo_model
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict
@@ -37,6 +38,7 @@ LORA = LoraConfig(r=16, alpha=32)
 LR = 1e-3
 LONGEST = 64  # tokens of an answer; an order takes about 50
 TOGETHER = 50  # rows answered at once
+SHOWN = 3  # held-out rows whose answers are kept for `lorafit report`
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def main(quick: bool = False, seed: int = 0, out: Path = Path("lorafit-demo")) -
     training = TrainConfig(lr=LR, seed=seed)
     if (out / "rows").is_dir():  # an earlier demo, not somebody's training run
         shutil.rmtree(out / runs.ADAPTER, ignore_errors=True)
-    runs.start(out, as_dict(model_config, LORA, data, training))
+    settings = as_dict(model_config, LORA, data, training)
+    runs.start(out, settings)
     train_rows, held_out, new_patterns = make_rows(seed, size.train, size.held_out, size.new_patterns)
     for name, rows in (("train", train_rows), ("held_out", held_out), ("new_patterns", new_patterns)):
         write_rows(out / "rows" / f"{name}.jsonl", rows)
@@ -82,8 +85,10 @@ def main(quick: bool = False, seed: int = 0, out: Path = Path("lorafit-demo")) -
 
     scores = {"base model": score(console, model, tokenizer, held_out, explained(), "base model", size.longest)}
     torch.manual_seed(seed)  # the start of A
-    console.print(f"\n{add_lora(model, LORA)}\n")
-    batches = Batches(read_examples(data.data, tokenizer), batch_size=data.batch_size, seed=seed)
+    plan = add_lora(model, LORA)
+    console.print(f"\n{plan}\n")
+    examples = read_examples(data.data, tokenizer)
+    batches = Batches(examples, batch_size=data.batch_size, seed=seed)
     started, worked = time.perf_counter(), time.process_time()
     with runs.progress(console, count_steps(training, batches), out / runs.LOG) as on_step:
         result = train(model, batches, training, on_step=on_step, on_note=console.print)
@@ -99,11 +104,16 @@ def main(quick: bool = False, seed: int = 0, out: Path = Path("lorafit-demo")) -
     if new_patterns:
         scores["adapter, new patterns"] = score(console, model, tokenizer, new_patterns, OPENING, "new patterns")
 
+    asked = read_examples(str(out / "rows" / "held_out.jsonl"), tokenizer)
+    noted = about(model, tokenizer, plan, examples, asked, settings=settings, count=SHOWN, tokens=size.longest)
+    measured = {name: f"{s.exact} of {s.rows} exactly right, loss {s.loss:.4f}" for name, s in scores.items()}
+    write_json(out / runs.ABOUT, noted | {"measured": measured})
     console.print(table(scores, size, quick))
     show_answers(console, model, tokenizer, held_out[0], size.longest)
     console.print(
         f"\nadapter {adapter}   merged model {out / 'merged'}   log {out / runs.LOG}   picture {out / runs.PICTURE}\n"
-        f"talk to it: lorafit chat --model {base} --adapter {adapter} --system '{INSTRUCTION}'",
+        f"talk to it: lorafit chat --model {base} --adapter {adapter} --system '{INSTRUCTION}'\n"
+        f"show it: lorafit report {out}",
         soft_wrap=True,
     )
     figures = {

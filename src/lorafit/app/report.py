@@ -128,11 +128,13 @@ def losses(run: PastRun) -> str:
     if skipped := len(run.records) - len(values):
         caption += f" {skipped} steps were not taken: their loss or gradient was not finite."
     picture = figure(charts.curves(lines, "step", "loss"), caption)
-    return picture + (table(evaluation(run)) if run.evaluations else missing("no rows were held out (--eval-rows)"))
+    held_out = run.about.get("data", {}).get("held_out")
+    none = "the held-out rows were not measured while training" if held_out else "no rows were held out (--eval-rows)"
+    return picture + (table(evaluation(run)) if run.evaluations else missing(none))
 
 
 def answers(run: PastRun) -> str:
-    """What the model says without and with the adapter, to rows of the data."""
+    """What the model says without and with the adapter, to rows of the data; and what was measured of its answers."""
     samples = run.about.get("samples")
     if not samples:
         why = "the run kept no answers (--samples 0, rows without answers, an older lorafit, or it was not finished)"
@@ -146,7 +148,7 @@ def answers(run: PastRun) -> str:
         head = f"<h3>{escape(str(sample['source']).rpartition('/')[2])}</h3><pre>{escape(sample['prompt'])}</pre>"
         parts.append(f'{head}<div class="answers">{"".join(columns)}</div>')
     note = "The likeliest answer, token by token; long ones are cut."
-    return f'<p class="faint">{note}</p>{"".join(parts)}'
+    return f'<p class="faint">{note}</p>{table(run.about.get("measured", {}))}{"".join(parts)}'
 
 
 def layers(run: PastRun) -> str:
