@@ -45,9 +45,11 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 def execute(made: Any) -> None:
     """Run every cell; a cell that fails raises."""
+    from jupyter_client import AsyncKernelManager
     from nbclient import NotebookClient
 
-    NotebookClient(made, timeout=None, kernel_name="python3", record_timing=False).execute()
+    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
+    NotebookClient(made, km=kernel, timeout=None, record_timing=False).execute()
     made.metadata = {"language_info": {"name": "python"}, "kernelspec": KERNEL}  # not the machine's
 
 
