@@ -4,7 +4,6 @@ A table of rules per program. They were read in the programs' sources at the com
 program may have moved on since. Files are looked at with nothing believed and nothing loaded: names and shapes only.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ from lorafit.adapter.peft_config import (
 )
 from lorafit.adapter.peft_format import NOTE, open_adapter
 from lorafit.adapter.stored import COPY, FACTOR, MAGNITUDE, NAMES
-from lorafit.adapter.untrusted import plain, shown
+from lorafit.adapter.untrusted import parse, plain, shown
 from lorafit.errors import AdapterError, UsageError, listing, nearest
 from lorafit.hub import adapter_folder
 
@@ -155,7 +154,7 @@ def _look(folder: Path) -> Seen:
 def _blocks(note: str) -> int:
     """How many blocks the base has, by the note in an adapter of ours; 0 if it does not say."""
     with suppress(ValueError, TypeError, KeyError, RecursionError):
-        count = json.loads(note)["base"]["facts"]["num_hidden_layers"]
+        count = parse(note.encode())["base"]["facts"]["num_hidden_layers"]
         return count if type(count) is int else 0
     return 0
 
