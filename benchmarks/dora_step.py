@@ -120,8 +120,8 @@ def table(found: dict[str, Any]) -> str:
     ratios = [[what, f"{ratio:.2f}"] for what, ratio in found["ratios"].items()]
     note = (
         f"{how['layers']} layers of Qwen1.5-0.5B's shape, {how['rows']} rows of {how['length']} tokens, "
-        f"r = {how['r']}, fp32, {where['cpu']}, threads: {where['threads']}, medians over {how['turns']} turns. Made by "
-        "`python -m benchmarks.dora_step`."
+        f"r = {how['r']}, fp32, {where['cpu']}, threads: {where['threads']}, medians over {how['turns']} turns. Made "
+        "by `python -m benchmarks.dora_step`."
     )
     return f"{grid(['a step', 's'], rows)}\n\n{grid(['paired', 'times'], ratios)}\n\n{note}"
 

@@ -65,7 +65,7 @@ class LowRankLinear(torch.autograd.Function):
             y.addmm_(part, B.to(x.dtype).T, alpha=s)
         more = [None if g is None else (g - 1).to(x.dtype) for g in gains]
         us = [None if m is None else y if b is None else y - b for y, b, m in zip(ys, biases, more, strict=True)]
-        ys = [y if u is None else torch.addcmul(y, u, m) for y, u, m in zip(ys, us, more, strict=True)]
+        ys = [y if u is None or m is None else torch.addcmul(y, u, m) for y, u, m in zip(ys, us, more, strict=True)]
         us = [u if wanted else None for u, wanted in zip(us, wants_gain, strict=True)]
         kept = thinned if any(wants_A) else None, h if any(wants_B) else None
         ctx.save_for_backward(*kept, *weights, *As, *Bs, *more, *us)

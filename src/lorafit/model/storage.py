@@ -85,7 +85,7 @@ def _is_stored(model: nn.Module, layer: nn.Module) -> bool:
 
 def _replaced(layer: Any, storage: str) -> nn.Module:
     made = LAYERS[storage](layer).train(layer.training)
-    made._is_hf_initialized = True  # else the loader would look for something to initialise
+    made._is_hf_initialized = True  # type: ignore[assignment]  # else the loader would look for something to initialise
     return made
 
 

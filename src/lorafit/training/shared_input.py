@@ -43,8 +43,9 @@ def find_groups(model: nn.Module, packed: bool) -> list[list[LoraLinear]]:
 
     with ExitStack() as stack:
         for layer in model.modules():
-            # Else something else may be done with its input.
-            if type(layer) in (LoraLinear, DoraLinear) and "forward" not in vars(layer):
+            if not isinstance(layer, LoraLinear) or type(layer) not in (LoraLinear, DoraLinear):
+                continue  # something else may be done with its input
+            if "forward" not in vars(layer):
                 stack.enter_context(replaced([layer], partial(noted, layer)))
         probe(model, packed)
     times = Counter(layer for _, layer in calls)
