@@ -896,3 +896,29 @@ def test_torchrun_and_accelerate_start_it(launch: str, model_folder: Path, data_
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rows to train on") == 1
     assert len(runs.read_run(tmp_path / "run").records) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGKILL, "process of this run"), (signal.SIGTERM, "SIGTERM")])
+def test_under_torchrun_the_loss_of_one_ends_all_and_a_signal_saves(
+    number: int, said: str, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """SIGKILL for one of the workers, SIGTERM for torchrun, which passes it on; then the run goes on."""
+    begin = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 -m lorafit -- train --out {tmp_path / 'run'}"
+    line = f"{begin} --model {model_folder} --data {data_file} --device cpu --epochs 20 --save-every 0 --samples 0"
+    with subprocess.Popen(line.split(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+        log = tmp_path / "run" / runs.LOG
+        for _ in range(1200):
+            time.sleep(0.05)
+            if log.is_file() and log.read_text().count("\n") >= 3:
+                break
+        workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(int(workers[1]) if number == signal.SIGKILL else running.pid, number)
+        _, err = running.communicate(timeout=60)
+    lines = [line for line in err.splitlines() if line.startswith("lorafit: ")]
+    assert len(lines) == 1, err
+    assert said in lines[0]
+    again = subprocess.run([*begin.split(), "--resume"], capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "going on after step" in again.stdout
+    assert [record["step"] for record in runs.read_run(tmp_path / "run").records] == list(range(60))
