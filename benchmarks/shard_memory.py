@@ -1,7 +1,7 @@
 """What a process holds of a model while it is loaded and trained: all of it, or with `shard` its slice.
 
-`python -m benchmarks.shard_memory` (two minutes; a model of 393 MB in fp32, random weights, in files of 100 MB in bfloat16).
-The figures are peaks of what a process has beyond what it had before, in two parts: memory of its own, and pages of files,
+`python -m benchmarks.shard_memory` (two minutes; a model of 393 MB in fp32, random weights, in bfloat16 files). The
+figures are peaks of what a process has beyond what it had before, in two parts: memory of its own, and pages of files,
 which all processes of a machine have in common and the system takes back as it likes. In fp32 the weights are a
 process's own. Memory does not depend on the load of the machine.
 """
