@@ -143,13 +143,11 @@ def fine_tune(
     """What `train` does in `folder`, which is its own; of several processes only the first writes there."""
     import torch
 
-    from lorafit.adapter.peft_format import load_lora, save_lora
+    from lorafit.adapter.peft_format import load_lora
     from lorafit.app import rows, runs, starts
-    from lorafit.app.about import about
     from lorafit.app.trackers import following
-    from lorafit.files import write_json
     from lorafit.lora.tokens import enlarge
-    from lorafit.model.load import load_model, load_tokenizer, model_folder
+    from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
     from lorafit.training.distributed import together
 
@@ -158,12 +156,8 @@ def fine_tune(
         tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
         asked = with_tokens(lora, tokens, tokenizer)
         examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
-        if training.shard:  # which all processes load together
-            model_folder(model.model, revision=model.revision)
-        else:
-            net, _ = load_model(**base(model))
-    if training.shard:
-        net, _ = load_model(**base(model), shard=True)
+        net = None if training.shard else load_model(**base(model))[0]
+    net = several.sharded(model, here) if net is None else net
     enlarge(net, len(tokenizer) if tokens.new_tokens else 0)
     batches = rows.make_batches(examples, data, seed=training.seed)
     torch.manual_seed(training.seed)  # the start of A
@@ -187,17 +181,28 @@ def fine_tune(
     ):
         wiring |= {"on_note": console.print, "stop": signals.reason} | ({"on_step": show} if here.is_main else {})
         result = loop.train(net, batches, training, evaluation=evaluation, **wiring)
+    leave(folder, net, tokenizer, plan, examples, held_out, settings, here)
+    if here.is_main:
+        tell_result(console, model.model, data.data, folder, result, batches.steps_per_epoch)
+
+
+def leave(
+    folder: Path, net: Any, tokenizer: Any, plan: Any, rows: Any, held_out: Any, settings: dict[str, Any], here: World
+) -> None:
+    """Write the adapter of a run that is over, and what is noted about it."""
+    from lorafit.adapter.peft_format import save_lora
+    from lorafit.app import runs
+    from lorafit.app.about import about
+    from lorafit.files import write_json
+
     if here.is_main:
         beside = tokenizer if plan.tokens else None
-        save_lora(net, folder / runs.ADAPTER, base_model=model.model, tokenizer=beside)
-    elif not training.shard:
-        return
-    kept: dict[str, Any] = {"settings": settings, "count": follow.samples, "tokens": follow.sample_tokens}
-    facts = about(net, tokenizer, plan, examples, held_out, **kept)  # for which a sharded model needs all processes
-    if not here.is_main:
-        return
-    write_json(folder / runs.ABOUT, facts)
-    tell_result(console, model.model, data.data, folder, result, batches.steps_per_epoch)
+        save_lora(net, folder / runs.ADAPTER, base_model=settings["model"], tokenizer=beside)
+    if here.is_main or settings["shard"]:  # a sharded base is looked at by all processes together
+        many = {"count": settings["samples"], "tokens": settings["sample_tokens"]}
+        facts = about(net, tokenizer, plan, rows, held_out, settings=settings, **many)
+    if here.is_main:
+        write_json(folder / runs.ABOUT, facts)
 
 
 def tell_result(console: Any, model: str, data: str, folder: Path, result: Any, steps_per_epoch: int) -> None:

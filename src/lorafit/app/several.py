@@ -4,7 +4,9 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
+from typing import Any
 
+from lorafit.app.common import base
 from lorafit.config import ModelConfig
 from lorafit.errors import UsageError
 from lorafit.world import ALONE, World, launched
@@ -48,6 +50,17 @@ def fetching(here: World, *names: str | None) -> AbstractContextManager[None]:
 
     local = all(not name or Path(name.partition(":")[0]).expanduser().exists() for name in names)
     return nullcontext() if local else main_first(here)
+
+
+def sharded(model: ModelConfig, here: World) -> Any:
+    """The base model, dealt out over the processes, which load it together once its files are on this machine."""
+    from lorafit.model.load import load_model, model_folder
+    from lorafit.training.sharding import check_processes
+
+    check_processes()
+    with fetching(here, model.model):
+        model_folder(model.model, revision=model.revision)
+    return load_model(**base(model), shard=True)[0]
 
 
 def speaks() -> bool:

@@ -24,7 +24,7 @@ from lorafit.data.chat import IGNORE, Example
 from lorafit.errors import ModelError, UsageError
 from lorafit.lora.tokens import base_embedding, base_head, tied
 from lorafit.training.blocks import find_blocks
-from lorafit.training.distributed import smallest
+from lorafit.training.distributed import smallest, world
 
 MMAP_THRESHOLD = -3  # mallopt's name for it
 
@@ -69,8 +69,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
 
 def check_processes() -> int:
     """How many processes there are; UsageError if there is one."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    processes = torch.distributed.get_world_size() if distributed else 1
+    processes = world().size
     if processes == 1:
         raise UsageError(
             "shard deals the base out over several processes, and this is one: torchrun --nproc-per-node 2 -m lorafit …"
