@@ -69,7 +69,7 @@ def make(folder: Path, shape: dict[str, int] = SHAPE) -> int:
     model.save_pretrained(folder, max_shard_size="100MB")
     words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder)
-    return 4 * sum(parameter.numel() for parameter in model.parameters())
+    return 4 * sum(int(parameter.numel()) for parameter in model.parameters())
 
 
 def trained(folder: str, shard: bool) -> dict[str, dict[str, int]]:
