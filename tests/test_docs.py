@@ -271,6 +271,20 @@ def test_errors_md_has_every_error() -> None:
     assert set(rows) == {(name, code, " ".join(doc.split())) for name, code, doc in expected}
 
 
+def test_file_format_md_has_every_field() -> None:
+    """Those that are needed, those that are read, those that are history, those that have to be off."""
+    from lorafit.adapter import peft_config
+
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", (ROOT / "docs" / "file-format.md").read_text(), re.MULTILINE)
+    known = peft_config.DEFAULTS
+    said = {name: what for cell, what in rows for name in re.findall(r"`(\w+)`", cell) if name in known}
+    assert said.keys() == known.keys()
+    for name, what in said.items():
+        assert what.startswith("needed") == (name in peft_config.NEEDED), name
+        assert what.startswith("how it was made") == (name in peft_config.HISTORY), name
+        assert what.startswith("has to be off") == (name in peft_config.UNSUPPORTED), name
+
+
 def test_moving_from_peft_names_what_there_is() -> None:
     """Left of the line: a field of peft, trl or transformers; right of it: a flag, a setting or a function of ours."""
     import lorafit
