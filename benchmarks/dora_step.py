@@ -2,7 +2,9 @@
 
 `python -m benchmarks.dora_step` (about ten minutes on two CPU cores; `--layers 2` for a look). The four take turns,
 step by step, so that what else the machine does meets all of them; the ratios are medians over the turns. Logits are
-made for the last 64 tokens of a row only: the head costs all four the same. The figures go to results/dora_step.json.
+made for the last 64 tokens of a row only: the head costs all four the same. Attention, loss and optimizer are the same
+too; only the layers differ, and lorafit's run as in training, those that see one tensor together. What whole steps of
+the two libraries cost is in `benchmarks.small`. The figures go to results/dora_step.json and docs/methods.md.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.speed.measure import load_average, machine
+from benchmarks.speed.report import grid, insert
 from benchmarks.speed.workloads import Setup, make_model
 from lorafit import LoraConfig, add_lora
-from lorafit.files import write_json
+from lorafit.files import write_json, write_text
+from lorafit.training.shared_input import inputs_shared
 
 SETUP = Setup()
 RESULTS = Path(__file__).parent / "results" / "dora_step.json"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
 ROWS, LENGTH, SCORED = 4, 256, 64
 RATIOS = {
     "lorafit DoRA / lorafit LoRA": ("lorafit dora", "lorafit lora"),
@@ -67,8 +73,12 @@ def run(turns: int, layers: int, **shape: Any) -> dict[str, Any]:
     base: Any = make_model(layers, **shape)
     shared = {id(parameter): parameter for parameter in base.parameters()}
     steps = {}
+    shared_inputs = ExitStack()
     for name in dict.fromkeys(name for pair in RATIOS.values() for name in pair):
-        steps[name] = stepper(adapted(copy.deepcopy(base, dict(shared)), name))
+        model = adapted(copy.deepcopy(base, dict(shared)), name)
+        if name.startswith("lorafit"):
+            shared_inputs.enter_context(inputs_shared(model, packed=False))
+        steps[name] = stepper(model)
     generator = torch.Generator().manual_seed(0)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + 1):
@@ -98,8 +108,22 @@ def main() -> None:
     arguments = parser.parse_args()
     found = run(arguments.turns, arguments.layers)
     write_json(arguments.out, found)
-    for what, ratio in found["ratios"].items():
-        print(f"{what:32}{ratio:6.2f}")
+    print(text := table(found))
+    if arguments.out == RESULTS:
+        write_text(PAGE, insert(PAGE.read_text(), text, "dora step"))
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: the median of each, and the ratios."""
+    how, where = found["settings"], found["machine"]
+    rows = [[name, f"{statistics.median(seconds):.2f}"] for name, seconds in found["seconds"].items()]
+    ratios = [[what, f"{ratio:.2f}"] for what, ratio in found["ratios"].items()]
+    note = (
+        f"{how['layers']} layers of Qwen1.5-0.5B's shape, {how['rows']} rows of {how['length']} tokens, "
+        f"r = {how['r']}, fp32, {where['cpu']}, threads: {where['threads']}, medians over {how['turns']} turns. Made "
+        "by `python -m benchmarks.dora_step`."
+    )
+    return f"{grid(['a step', 's'], rows)}\n\n{grid(['paired', 'times'], ratios)}\n\n{note}"
 
 
 if __name__ == "__main__":

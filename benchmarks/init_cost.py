@@ -1,9 +1,9 @@
 """What each initialisation costs on Qwen1.5-0.5B's shape: seconds, and peak memory beside the model and the adapter.
 
-`python -m benchmarks.init_cost` (about half an hour on two CPU cores; `--layers 2 --inits kaiming pissa` for a look).
-Each runs in a process of its own, one after the other; those that look at data see `--rows` rows of workload W2. The
-weights are random, which costs as much as trained ones. The figures go to results/init_cost.json after each init, and
-one that is there already is not run again.
+`python -m benchmarks.init_cost` (about half an hour on two CPU cores; `--only pissa,eva` for some of it,
+`--layers 2` for a look). Each runs in a process of its own, one after the other; those that look at data see `--rows`
+rows of workload W2. The weights are random, which costs as much as trained ones. The figures go to
+results/init_cost.json and docs/methods.md after each init, and one that is there already is not run again.
 """
 
 import argparse
@@ -17,14 +17,18 @@ from typing import Any
 
 import torch
 
+from benchmarks.speed.__main__ import names
 from benchmarks.speed.measure import forget_peak, load_average, machine, memory
+from benchmarks.speed.report import grid, insert
 from benchmarks.speed.workloads import WORKLOADS, Setup, make_model, rows_of
 from lorafit import INITS, Batches, LoraConfig, add_lora, calibrate
-from lorafit.files import write_json
+from lorafit.files import write_json, write_text
 from lorafit.lora.inject import adapter_state
 
 SETUP = Setup()
 RESULTS = Path(__file__).parent / "results" / "init_cost.json"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
+SHAPE = 24  # layers
 
 
 def cost(init: str, layers: int, rows: int, **shape: Any) -> dict[str, Any]:
@@ -54,8 +58,8 @@ def cost(init: str, layers: int, rows: int, **shape: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inits", nargs="+", default=list(INITS), choices=list(INITS))
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--only", type=names(INITS), default=list(INITS), help="inits, with commas")
+    parser.add_argument("--layers", type=int, default=SHAPE)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -64,7 +68,7 @@ def main() -> None:
         print(json.dumps(cost(arguments.one, arguments.layers, arguments.rows)))
         return
     found: list[dict[str, Any]] = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
-    for init in arguments.inits:
+    for init in arguments.only:
         settings = {"layers": arguments.layers, "rows": arguments.rows, "r": SETUP.r}
         if not any(one["init"] == init and one["settings"] == settings for one in found):
             alone = [sys.executable, "-m", "benchmarks.init_cost", "--one", init]
@@ -72,9 +76,30 @@ def main() -> None:
             done = subprocess.run([*alone, *sizes], check=True, stdout=subprocess.PIPE, text=True)
             found.append(json.loads(done.stdout))
             write_json(arguments.out, found)
-    for one in found:
-        extra = "" if one["memory"] is None else f"{one['memory'] / 2**20:8,.0f} MiB"
-        print(f"{one['init']:16}{one['seconds']:8.1f} s{extra}")
+            if arguments.out == RESULTS and arguments.layers == SHAPE:
+                write_text(PAGE, insert(PAGE.read_text(), table(found), "init cost"))
+    print(table(found))
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Markdown: what was measured with the settings of the last one."""
+    last = found[-1]
+    like = [one for one in found if all(one[key] == last[key] for key in ("settings", "machine"))]
+    rows = [
+        [one["init"], f"{one['seconds']:.1f}", f"{one['of these looking at data']:.1f}", _mebibytes(one["memory"])]
+        for one in sorted(like, key=lambda one: list(INITS).index(one["init"]))
+    ]
+    how, where = last["settings"], last["machine"]
+    note = (
+        f"{how['layers']} layers of Qwen1.5-0.5B's shape, all linear layers, r = {how['r']}, fp32, {how['rows']} rows "
+        f"of workload W2 to look at; memory is the peak above model and adapter. {where['cpu']}, threads: "
+        f"{where['threads']}. Made by `python -m benchmarks.init_cost`."
+    )
+    return f"{grid(['init', 's', 'of these looking at data, s', 'memory, MiB'], rows)}\n\n{note}"
+
+
+def _mebibytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 2**20:,.0f}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import lorafit
 
 ROOT = Path(lorafit.__file__).parent
 # From the top down; folders in one row do not know each other.
-GROUND = ("config", "files", "locks", "hub", "errors")
+GROUND = ("config", "files", "locks", "hub", "world", "errors")
 ROWS = (("app",), ("model",), ("training",), ("adapter",), ("lora", "data"), GROUND)
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "safetensors", "numpy")
 LONGEST_FILE, LONGEST_FUNCTION = 500, 60

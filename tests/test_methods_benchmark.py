@@ -31,7 +31,7 @@ from lorafit.lora.inits import Init, kaiming
 def record(cell: Cell, loss: float | None = 1.0, **more: Any) -> dict[str, Any]:
     made = cell._asdict() | {
         "tuning_loss": loss, "loss": loss, "steps": 0 if loss is None else 10, "exact": 90, "reported_rows": 100,
-        "init_seconds": 1.0, "train_seconds": 20.0, "seconds": 30.0, "memory": 2**20, "adapter_bytes": 10**6,
+        "init_cpu_seconds": 1.0, "train_cpu_seconds": 20.0, "seconds": 30.0, "memory": 2**20, "adapter_bytes": 10**6,
         "settings": {"rows": 10, "epochs": 1, "dtype": "float32"},
         "machine": {"cpu": "c", "threads": 1, "versions": {"torch": "2"}},
     }  # fmt: skip

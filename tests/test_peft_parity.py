@@ -225,6 +225,7 @@ PEFT_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "rsLoRA": ("llama", {"use_rslora": True}),
     "gaussian": ("llama", {"init_lora_weights": "gaussian"}),
     "orthogonal": ("llama", {"init_lora_weights": "orthogonal"}),
+    "MiCA": ("llama", {"init_lora_weights": "mica"}),
     "dropout": ("llama", {"lora_dropout": 0.5}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "tied embedding": ("gemma2", {"target_modules": ["embed_tokens", "q_proj"]}),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.methods.methods import ALPHA, BASE, RANK, all_methods
 from benchmarks.methods.plan import SEEDS, Record, best_rate, is_tuned, tried
-from benchmarks.methods.tasks import TASKS
+from benchmarks.methods.tasks import BATCH, TASKS
 from benchmarks.speed.report import insert
 from lorafit.files import write_json, write_text
 
@@ -89,8 +89,8 @@ def _line(task: str, method: str, found: dict[float, float], own: Sequence[Recor
         "loss": mean_interval([r["loss"] for r in final]),
         "one_loss": next((r["loss"] for r in own if r["lr"] == rate and r["loss"] is not None), None),
         "exact": share_interval(exact, final[0]["reported_rows"]) if exact else None,
-        "init_seconds": _median(ran, "init_seconds"),
-        "step_seconds": statistics.median(r["train_seconds"] / r["steps"] for r in ran) if ran else None,
+        "init_seconds": _median(ran, "init_cpu_seconds"),
+        "step_seconds": statistics.median(r["train_cpu_seconds"] / r["steps"] for r in ran) if ran else None,
         "memory": _median(ran, "memory"),
         "adapter_bytes": _median(ran, "adapter_bytes"),
     }
@@ -134,7 +134,7 @@ def winner(lines: Sequence[Record]) -> str | None:
 
 COLUMNS = (
     "method", "learning rate", "held-out loss (95 %)", "exactly right (95 %)", "loss beside LoRA's", "seeds",
-    "start, s", "s per step", "× LoRA", "memory, MiB", "adapter, MB",
+    "start, CPU s", "CPU s per step", "× LoRA", "memory, MiB", "adapter, MB",
 )  # fmt: skip
 
 
@@ -148,8 +148,15 @@ def table(lines: Sequence[Record], records: Sequence[Record]) -> str:
         own = [line for line in lines if line["task"] == task]
         best = winner(own)
         shown = f"Winner: {best}." if best else "No winner: the intervals of the best overlap, or runs are missing."
-        parts.append(f"**{TASKS[task].about}**\n\n{head}" + "\n".join(map(_row, own)) + f"\n\n{shown}")
+        title = f"**{TASKS[task].about}**, {_budget(records, task)}"
+        parts.append(f"{title}\n\n{head}" + "\n".join(map(_row, own)) + f"\n\n{shown}")
     return "\n\n".join([*parts, _footnote(records)])
+
+
+def _budget(records: Sequence[Record], task: str) -> str:
+    own = [record for record in records if record["task"] == task]
+    steps, rows = max(record["steps"] for record in own), own[0]["reported_rows"]
+    return f"{steps} steps of {BATCH} rows a run, loss over {rows} held-out rows"
 
 
 def _row(line: Record) -> str:
@@ -187,9 +194,9 @@ def _footnote(records: Sequence[Record]) -> str:
         f"SmolLM2-135M-Instruct, r = {RANK}, alpha = {ALPHA:g}, {settings['dtype']}, {settings['rows']} rows × "
         f"{settings['epochs']} epochs; {len(records)} runs. The rate is chosen on other rows and by another seed than "
         "what is reported (half-decades, three and more: both neighbours of the best one were tried). Intervals of the "
-        f"loss are over {len(SEEDS)} seeds (Student's t); one number alone is one seed. {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {machine['versions']['torch']}. Memory is the peak above the loaded "
-        "model. Made by `python -m benchmarks.methods`."
+        f"loss are over {len(SEEDS)} seeds (Student's t); one number alone is one seed. {machine['cpu']}, threads: "
+        f"{machine['threads']}, torch {machine['versions']['torch']}. Times are the processor's, which other work "
+        "beside it changes little; memory is the peak above the loaded model. Made by `python -m benchmarks.methods`."
     )
 
 

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from benchmarks.methods.methods import all_methods
-from benchmarks.methods.tasks import TASKS
+from benchmarks.methods.plan import TUNING_SEED
+from benchmarks.methods.tasks import BATCH, TASKS
 from benchmarks.speed.measure import forget_peak, machine, memory
 from lorafit import Batches, TrainConfig, add_lora, calibrate, load_model, save_lora, train
 from lorafit.app.demo_model import demo_model
@@ -22,8 +23,8 @@ from lorafit.files import write_json
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """What the parent and a run have in common."""
-    parser.add_argument("--rows", type=int, default=240, help="rows to train on")
-    parser.add_argument("--held-out", type=int, default=100, help="rows to choose a rate by, and as many to report")
+    parser.add_argument("--rows", type=int, default=32, help="rows to train on")
+    parser.add_argument("--held-out", type=int, default=12, help="rows to choose a rate by, and as many to report")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
 
@@ -37,15 +38,15 @@ def run(task: str, method: str, lr: float, seed: int, settings: dict[str, Any]) 
     chosen = all_methods()[method]
     model, tokenizer = load_model(demo_model(Console(quiet=True)), dtype=settings["dtype"])
     rows = TASKS[task].rows(tokenizer, settings["rows"], settings["held_out"])
-    batches = Batches(rows.train, rows.batch_size, seed=seed)
+    batches = Batches(rows.train, BATCH, seed=seed)
     config = TrainConfig(lr=lr, seed=seed, epochs=settings["epochs"], **chosen.training)
     gc.collect()
     forget_peak()
     loaded = memory("VmRSS")
     torch.manual_seed(seed)
-    began = time.perf_counter()
+    began, idle = time.perf_counter(), time.process_time()
     plan = add_lora(model, *calibrate(model, chosen.lora_config(), batches))
-    started, worked = time.perf_counter(), time.process_time()
+    started = time.process_time()
     tuning: float | None = None
     reported: float | None = None
     exact = None
@@ -55,10 +56,10 @@ def run(task: str, method: str, lr: float, seed: int, settings: dict[str, Any]) 
         steps = len(result.history)
     except NumericError:
         pass  # too high a rate is an outcome, not a failure
-    ended, rested, peak = time.perf_counter(), time.process_time(), memory("VmHWM")
+    ended, peak = time.process_time(), memory("VmHWM")
     if steps:
         tuning, reported = rows.loss(model, rows.tuning), rows.loss(model, rows.reported)
-        exact = rows.exact(model) if rows.exact else None
+        exact = rows.exact(model) if rows.exact and seed != TUNING_SEED else None
     with tempfile.TemporaryDirectory() as folder:
         saved = save_lora(model, Path(folder) / "adapter") / "adapter_model.safetensors" if steps else None
         size = saved.stat().st_size if saved else None
@@ -75,9 +76,8 @@ def run(task: str, method: str, lr: float, seed: int, settings: dict[str, Any]) 
         "exact": exact,
         "reported_rows": len(rows.reported),
         "trained": plan.trainable,
-        "init_seconds": started - began,
-        "train_seconds": ended - started,
-        "train_cpu_seconds": rested - worked,
+        "init_cpu_seconds": started - idle,
+        "train_cpu_seconds": ended - started,
         "seconds": time.perf_counter() - began,
         "memory": None if peak is None or loaded is None else peak - loaded,
         "adapter_bytes": size,

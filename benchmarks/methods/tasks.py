@@ -18,6 +18,7 @@ from lorafit.data.chat import Example
 
 BIOINSTRUCT = Path(__file__).resolve().parents[3] / "shared" / "data" / "bioinstruct"
 LONGEST = 256
+BATCH = 2  # rows a step: the budget is small, and many steps of it tell more than few
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,10 @@ class Rows:
     train: list[Example]
     tuning: list[Example]
     reported: list[Example]
-    batch_size: int
     exact: Callable[[nn.Module], int] | None = None
 
     def loss(self, model: nn.Module, which: list[Example]) -> float:
-        return evaluate(model, Batches(which, self.batch_size, shuffle=False))
+        return evaluate(model, Batches(which, BATCH, shuffle=False))
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def demo_rows(tokenizer: Any, train: int, held_out: int) -> Rows:
     def exact(model: nn.Module) -> int:
         return score(Console(quiet=True), model, tokenizer, reported, OPENING, "answers").exact
 
-    return Rows(read(made), read(tuning), read(reported), batch_size=4, exact=exact)
+    return Rows(read(made), read(tuning), read(reported), exact)
 
 
 def bioinstruct_rows(tokenizer: Any, train: int, held_out: int) -> Rows:
@@ -65,7 +65,7 @@ def bioinstruct_rows(tokenizer: Any, train: int, held_out: int) -> Rows:
 
     held = read("val.jsonl")[: 2 * held_out]
     middle = len(held) // 2
-    return Rows(read("train.jsonl")[:train], held[:middle], held[middle:], batch_size=8)
+    return Rows(read("train.jsonl")[:train], held[:middle], held[middle:])
 
 
 def _no_bioinstruct() -> str | None:

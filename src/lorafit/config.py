@@ -197,6 +197,9 @@ class TrainConfig:
     compile: bool = knob(
         False, "compile the transformer blocks (torch.compile): a minute at the start, steps as fast or faster"
     )
+    shard: bool = knob(
+        False, "torchrun: each process keeps a slice of the frozen base instead of all of it (FSDP2); the same result"
+    )
     max_bad_steps: int = knob(3, "stop at this many steps in a row whose loss or gradient is not finite")
 
     def __post_init__(self) -> None:
@@ -206,6 +209,8 @@ class TrainConfig:
         _within(self, 0, math.inf, "neftune")
         if self.rule == "lora-fa" and self.lora_plus_ratio != 1:
             raise UsageError("rule lora-fa trains no A, so there is nothing for lora_plus_ratio to compare: raise lr")
+        if self.shard and self.compile:
+            raise UsageError("compile works on whole blocks, and shard takes them apart between passes: take one")
         if not (_is_number(self.save_every) and self.save_every >= 0):
             raise UsageError(f"save_every must not be negative, not {self.save_every!r}")
         if self.warmup < 0 or self.weight_decay < 0:

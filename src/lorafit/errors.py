@@ -81,6 +81,12 @@ class HubBusy(HubError):
     exit_code = 75
 
 
+class ProcessError(LorafitError, RuntimeError):
+    """Another process of the same run is gone, or failed in a way that is no refusal; the run can be resumed."""
+
+    exit_code = 12
+
+
 class Interrupted(LorafitError):
     """Stopped by a signal after saving; the run can be resumed (EX_TEMPFAIL, so that a scheduler requeues)."""
 

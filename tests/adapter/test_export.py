@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lorafit import LoraConfig, add_lora, load_lora, save_lora
+from lorafit.adapter.algebra import combine_adapters
 from lorafit.adapter.check import check_adapter
 from lorafit.adapter.export import export_adapter
 from lorafit.adapter.extract import nearest_plain
@@ -57,13 +58,14 @@ def test_the_profile_has_the_logits_in_peft(saved: Tiny, tiny: Tiny, token_ids: 
     folder, model = saved(family, **UNEVEN)
     outcome = export_adapter(folder, to, tmp_path / "out")
     raw = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (raw["r"], raw["lora_alpha"], raw["use_rslora"], raw["init_lora_weights"]) == (6, 6, False, True)
+    r = 6 if to == "peft" else 8  # as it is, and as TGI would pad it
+    assert (raw["r"], raw["lora_alpha"], raw["use_rslora"], raw["init_lora_weights"]) == (r, r, False, True)
     assert (raw["rank_pattern"], raw["alpha_pattern"], raw["modules_to_save"]) == ({}, {}, None)
     assert (raw["bias"], raw["task_type"], raw["base_model_name_or_path"]) == ("none", "CAUSAL_LM", "org/base")
     assert raw["target_modules"] == sorted(raw["target_modules"])
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    assert {shape[0] if "lora_A" in name else shape[1] for name, shape in shapes.items()} == {6}
+    assert {shape[0] if "lora_A" in name else shape[1] for name, shape in shapes.items()} == {r}
     assert outcome.error == 0
 
     theirs = peft.PeftModel.from_pretrained(tiny(family), tmp_path / "out")
@@ -104,6 +106,43 @@ def test_what_only_peft_reads_goes_to_peft_only(saved: Tiny, tiny: Tiny, token_i
             export_adapter(folder, to, tmp_path / to)
     with pytest.raises(UsageError, match="did you mean 'gguf'"):
         export_adapter(folder, "guff", tmp_path / "ggml")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # though PEFT goes by them
+def test_layers_that_are_named_by_their_weight(
+    tiny: Tiny, shaken: Tiny, token_ids: Tiny, tmp_path: Path
+) -> None:
+    """As PEFT has to be told of linear layers in models with experts; servers read the list of modules."""
+    by_weight = {"target_parameters": ["q_proj.weight"], "rank_pattern": {"q_proj.weight": 2}}
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["v_proj"], alpha_pattern={"v_proj": 3}, **by_weight)
+    theirs = shaken(peft.get_peft_model(tiny("llama"), config))
+    theirs.save_pretrained(tmp_path / "theirs")
+    export_adapter(tmp_path / "theirs", "peft", tmp_path / "peft")
+    export_adapter(tmp_path / "theirs", "vllm", tmp_path / "vllm")
+    combine_adapters([tmp_path / "theirs", tmp_path / "peft"], [0.5, 0.5], tmp_path / "sum")
+    for name, said in (("peft", 2), ("vllm", None), ("sum", 2)):
+        raw = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert len(raw["target_parameters"] or []) == (said or 0)
+        again = tiny("llama")
+        load_lora(again, tmp_path / name)
+        for loaded in (again, peft.PeftModel.from_pretrained(tiny("llama"), tmp_path / name)):
+            torch.testing.assert_close(loaded(token_ids()).logits, theirs(token_ids()).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"trainable_token_indices": [3]}, "trains rows of the embedding"),
+        ({"target_parameters": ["experts.down_proj"]}, "adapts stacks of experts"),
+    ],
+)
+def test_what_is_no_pair_of_a_layer_is_refused(
+    tiny: Tiny, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    config = {"target_modules": ["q_proj"], **config}
+    peft.get_peft_model(tiny("mixtral"), peft.LoraConfig(**config)).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(AdapterError, match=f"{message}, .*: merge it instead"):
+        export_adapter(tmp_path / "theirs", "peft", tmp_path / "out")
 
 
 def test_a_rank_can_be_cut_on_the_way(saved: Tiny, tmp_path: Path) -> None:

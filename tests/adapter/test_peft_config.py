@@ -141,7 +141,7 @@ def test_what_is_not_built_is_refused_unless_it_is_off(name: str, tmp_path: Path
         assert refusal(write(tmp_path, **{name: value})).startswith(f"{name}={value!r} is not supported")
 
 
-@pytest.mark.parametrize("init", ["pissa_niter_16", "corda", "loftq", "lora_ga", "mica", "", "Pissa"])
+@pytest.mark.parametrize("init", ["pissa_niter_16", "corda", "loftq", "lora_ga", "", "Pissa"])
 def test_an_adapter_of_a_changed_base_is_refused(init: str, tmp_path: Path) -> None:
     assert "belongs to a changed base model" in refusal(write(tmp_path, init_lora_weights=init))
 

@@ -1,11 +1,14 @@
 """The command line: what it refuses, how settings come together, and each verb from end to end on a tiny model."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +33,7 @@ from lorafit.lora.inits import INITS
 from lorafit.lora.inject import lora_disabled
 from lorafit.model.generate import generate
 from lorafit.model.load import load_model
+from tests import processes
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -817,3 +821,104 @@ def test_the_epochs_table_gives_each_epoch_and_the_mean_since_the_start() -> Non
         ["2", "1.2600", "1.5700", "1.5000"],
         ["3", "0.7900", "1.3100", "1.6000"],
     ]
+
+
+# --- several processes --------------------------------------------------------------------------------
+
+
+def in_company(line: str) -> tuple[int, str, str]:
+    """One of several processes of a command line: its exit code, and what it says."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        return main(line.split()), out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("flags", ["", " --shard"])
+def test_train_in_two_processes_is_train_in_one(
+    flags: str, run_folder: Path, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """The settings of `run_folder`; in fp32 and at this learning rate AdamW makes 1e-5 of what rounding differs by."""
+    line = f"train --model {model_folder} --data {data_file} --out OUT --dtype float32 --device cpu --r 4"
+    line = f"{line} --lr 1e-2 --epochs 2 --eval-rows 4 --batch_size 4 --init gaussian{flags}"
+    first, second = processes.run(2, in_company, line.replace("OUT", str(tmp_path / "run")))
+    assert (first[0], second) == (0, (0, "", ""))
+    assert "16 rows to train on" in first[1]
+    assert first[2] == ""
+    one, two = (runs.read_run(folder) for folder in (run_folder, tmp_path / "run"))
+    assert [r["tokens"] for r in two.records] == [r["tokens"] for r in one.records]
+    for name in ("loss", "lr", "grad_norm"):
+        assert [r[name] for r in two.records] == pytest.approx([r[name] for r in one.records], rel=1e-3)
+    assert list(two.evaluations.values()) == pytest.approx(list(one.evaluations.values()), rel=1e-4)
+    assert [layer["layer"] for layer in two.about["layers"]] == [layer["layer"] for layer in one.about["layers"]]
+    assert [row["before"] for row in two.about["samples"]] == [row["before"] for row in one.about["samples"]]
+    configs = [json.loads((f / "adapter/adapter_config.json").read_bytes()) for f in (tmp_path / "run", run_folder)]
+    assert configs[0] == configs[1]
+    made, expected = (load_file(f / "adapter/adapter_model.safetensors") for f in (tmp_path / "run", run_folder))
+    for name, tensor in expected.items():
+        assert torch.allclose(made[name], tensor, atol=1e-3), name
+    again = processes.run(2, in_company, line.replace("OUT", str(tmp_path / "run")))
+    assert [code for code, _, _ in again] == [8, 8]
+    assert "".join(err for _, _, err in again).count("already holds a trained adapter") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "named"),
+    [
+        ("train --model M --data no/such.jsonl --out O --device cpu", 3, "no/such.jsonl"),
+        ("train --model no/such/model --data D --out O --device cpu", 4, "no/such/model"),
+        ("train --model M --data D --out O --device cuda:1", 2, "cannot all have cuda:1"),
+        ("train --lrr 1", 2, "--lrr"),
+        ("chat --model M", 2, "chat is for one process, and this is one of 2"),
+    ],
+)
+def test_of_two_processes_one_says_what_is_wrong(
+    line: str, code: int, named: str, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    names = {"M": str(model_folder), "D": str(data_file), "O": str(tmp_path / "out")}
+    found = processes.run(2, in_company, " ".join(names.get(word, word) for word in line.split()))
+    assert [exit_code for exit_code, _, _ in found] == [code, code]
+    said = "".join(err for _, _, err in found)
+    assert said.count("\n") == 1
+    assert named in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["torch.distributed.run", "accelerate.commands.launch"])
+def test_torchrun_and_accelerate_start_it(launch: str, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    how = {
+        "torch.distributed.run": "--nproc-per-node 2",
+        "accelerate.commands.launch": "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no",
+    }
+    line = f"{sys.executable} -m {launch} {how[launch]} -m lorafit -- train --model {model_folder} --data {data_file}"
+    line += f" --out {tmp_path / 'run'} --dtype float32 --device cpu --r 4 --init eva --batch_size 4 --samples 0"
+    done = subprocess.run(line.split(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rows to train on") == 1
+    assert len(runs.read_run(tmp_path / "run").records) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGKILL, "process of this run"), (signal.SIGTERM, "SIGTERM")])
+def test_under_torchrun_the_loss_of_one_ends_all_and_a_signal_saves(
+    number: int, said: str, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """SIGKILL for one of the workers, SIGTERM for torchrun, which passes it on; then the run goes on."""
+    begin = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 -m lorafit -- train --out {tmp_path / 'run'}"
+    line = f"{begin} --model {model_folder} --data {data_file} --device cpu --epochs 20 --save-every 0 --samples 0"
+    with subprocess.Popen(line.split(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+        log = tmp_path / "run" / runs.LOG
+        for _ in range(1200):
+            time.sleep(0.05)
+            if log.is_file() and log.read_text().count("\n") >= 3:
+                break
+        workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(int(workers[1]) if number == signal.SIGKILL else running.pid, number)
+        _, err = running.communicate(timeout=60)
+    lines = [line for line in err.splitlines() if line.startswith("lorafit: ")]
+    assert len(lines) == 1, err
+    assert said in lines[0]
+    again = subprocess.run([*begin.split(), "--resume"], capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "going on after step" in again.stdout
+    assert [record["step"] for record in runs.read_run(tmp_path / "run").records] == list(range(60))

@@ -168,6 +168,11 @@ def test_verbs_take_an_adapter_from_the_hub(
     tiny("llama").save_pretrained(tmp_path / "base")
     assert main(["inspect", "--model", str(tmp_path / "base"), "--adapter", "own/er", "--device", "cpu"]) == 0
     assert "r=20" in capsys.readouterr().out
+    assert main(["check", "own/er@main", "--for", "vllm"]) == 0
+    assert "own/er@main: vllm takes it, given what it needs" in capsys.readouterr().out
+    assert main(["export", "own/er", "--to", "vllm", "--out", str(tmp_path / "served")]) == 0
+    assert main(["diff", "own/er", str(tmp_path / "served")]) == 0
+    assert "relative difference of the updates: 0\n" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("in_process")

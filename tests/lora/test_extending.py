@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lorafit import INITS, VARIANTS, LoraConfig, LoraLinear, add_lora, init, load_lora, merge_lora, save_lora
 from lorafit.errors import UsageError
+from lorafit.lora.inits import Init
 from lorafit.lora.weights import read_weight
 
 Tiny = Callable[..., Any]
@@ -44,6 +45,21 @@ def registered() -> Iterator[None]:
     VARIANTS.update({"unit": UnitLinear, "hadamard": HadamardLinear})
     yield
     del INITS["first rows"], VARIANTS["unit"], VARIANTS["hadamard"]
+
+
+def test_miss_is_lora_with_a_fixed_a() -> None:
+    """The init of docs/methods.md beside PEFT's layer, with one D."""
+    peft = pytest.importorskip("peft")
+    base, x, D = torch.nn.Linear(12, 10), torch.randn(5, 12), torch.randn(10, 4)
+    theirs = peft.get_peft_model(torch.nn.Sequential(base), peft.MissConfig(r=4, target_modules=["0"]))
+    theirs.base_model.model[0].miss_block["default"].data.copy_(D.T)
+
+    def shards(W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor]:
+        return torch.eye(r).repeat(1, -(-W.shape[1] // r))[:, : W.shape[1]] / s, torch.zeros(len(W), r)
+
+    ours = LoraLinear(base, r=4, alpha=6, init=Init("shards", shards))
+    ours.lora_B.weight.data.copy_(D)
+    torch.testing.assert_close(ours(x), theirs(x))
 
 
 def logits(model: Any, tokens: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The hand-written backward is autograd's, to rounding, and as good a citizen of torch."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafit import VARIANTS, LoraConfig, LoraLinear, add_lora
 from lorafit.lora.fused import Parts, low_rank_linear
-from lorafit.lora.fused_dora import GainedLowRankLinear
 
 Tiny = Callable[..., Any]
 SIZES = st.integers(1, 9)
@@ -28,29 +28,14 @@ def low_rank(x: Tensor, dropped: Tensor | None, *parts: Any) -> Tensor:
     return low_rank_linear(x, dropped, [Parts(*parts)])[0]
 
 
-def gained(*arguments: Any) -> Tensor:
-    return GainedLowRankLinear.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-
-
 @settings(max_examples=30, deadline=None)
-@given(n=SIZES, in_=SIZES, out=SIZES, r=SIZES, bias=st.booleans(), dropped=st.booleans())
-def test_doras_gradcheck(n: int, in_: int, out: int, r: int, bias: bool, dropped: bool) -> None:
+@given(n=SIZES, in_=SIZES, out=SIZES, r=SIZES, bias=st.booleans(), dropped=st.booleans(), gained=st.booleans())
+def test_gradcheck(n: int, in_: int, out: int, r: int, bias: bool, dropped: bool, gained: bool) -> None:
     x, A, B = random(n, in_, grad=True), random(r, in_, grad=True), random(out, r, grad=True)
-    gain, thinned = random(out, grad=True), random(n, in_, grad=True) if dropped else None
+    thinned, gain = random(n, in_, grad=True) if dropped else None, random(out, grad=True) if gained else None
     W, b = random(out, in_), random(out) if bias else None
     assert torch.autograd.gradcheck(
-        lambda x, thinned, A, B, g: gained(x, thinned, W, b, A, B, g, 0.7), (x, thinned, A, B, gain), fast_mode=True
-    )
-
-
-@settings(max_examples=30, deadline=None)
-@given(n=SIZES, in_=SIZES, out=SIZES, r=SIZES, bias=st.booleans(), dropped=st.booleans())
-def test_gradcheck(n: int, in_: int, out: int, r: int, bias: bool, dropped: bool) -> None:
-    x, A, B = random(n, in_, grad=True), random(r, in_, grad=True), random(out, r, grad=True)
-    thinned = random(n, in_, grad=True) if dropped else None
-    W, b = random(out, in_), random(out) if bias else None
-    assert torch.autograd.gradcheck(
-        lambda x, thinned, A, B: low_rank(x, thinned, W, b, A, B, 0.7), (x, thinned, A, B), fast_mode=True
+        lambda x, thinned, A, B, g: low_rank(x, thinned, W, b, A, B, 0.7, g), (x, thinned, A, B, gain), fast_mode=True
     )
 
 
@@ -71,22 +56,30 @@ def test_it_is_the_formula(n: int, in_: int, out: int, r: int, bias: bool, froze
 @settings(max_examples=30, deadline=None)
 @given(
     n=SIZES, in_=SIZES, outs=st.lists(SIZES, min_size=2, max_size=4), r=SIZES, dropped=st.booleans(),
-    frozen=st.sampled_from(["", "x", "A", "B"]), unused=st.booleans(),
+    frozen=st.sampled_from(["", "x", "A", "B", "all A", "g"]), unused=st.booleans(), gained=st.booleans(),
 )  # fmt: skip
 def test_layers_that_share_their_input_are_the_layers_one_by_one(
-    n: int, in_: int, outs: list[int], r: int, dropped: bool, frozen: str, unused: bool
+    n: int, in_: int, outs: list[int], r: int, dropped: bool, frozen: str, unused: bool, gained: bool
 ) -> None:
-    """Ranks, scales and biases of their own; with a frozen factor in the first, and an output that nobody uses."""
+    """Ranks, scales, biases and gains of their own; a frozen factor in the first, and an output that nobody uses."""
     x, thinned = random(n, in_, grad=frozen != "x"), random(n, in_, grad=True) if dropped else None
     layers = [
         Parts(random(out, in_), random(out) if i % 2 else None,
-              random(r + i, in_, grad=i > 0 or frozen != "A"), random(out, r + i, grad=i > 0 or frozen != "B"), 0.5 + i)
+              random(r + i, in_, grad=frozen != "all A" and (i > 0 or frozen != "A")),
+              random(out, r + i, grad=i > 0 or frozen != "B"), 0.5 + i,
+              random(out, grad=i > 0 or frozen != "g") if gained else None)
         for i, out in enumerate(outs)
     ]  # fmt: skip
-    inputs = [t for t in (x, thinned, *(t for p in layers for t in (p.A, p.B))) if t is not None and t.requires_grad]
+    inputs = [t for t in (x, thinned, *(t for p in layers for t in p if isinstance(t, Tensor)))
+              if t is not None and t.requires_grad]  # fmt: skip
     together = low_rank_linear(x, thinned, layers)
-    alone = [F.linear(x, p.weight, p.bias) + p.scale * (x if thinned is None else thinned) @ p.A.T @ p.B.T
-             for p in layers]  # fmt: skip
+
+    def formula(p: Parts) -> Tensor:
+        u = x @ p.weight.T + p.scale * (x if thinned is None else thinned) @ p.A.T @ p.B.T
+        y = u if p.gain is None else p.gain * u
+        return y if p.bias is None else y + p.bias
+
+    alone = [formula(p) for p in layers]
     torch.testing.assert_close(together, tuple(alone))
     weigh = [random(n, out) for out in outs]
     last = len(outs) - unused
@@ -259,9 +252,13 @@ def test_a_gain_next_to_one_survives_bf16() -> None:
     assert 0.002 < learned.item() < 0.004
 
 
-def test_only_x_and_the_thin_product_are_kept_for_the_backward() -> None:
-    """h (n, r) and x; nothing of the size of y, which a plain composition keeps twice."""
-    layer = LoraLinear(nn.Linear(64, 64), r=2)
+@pytest.mark.parametrize("frozen", ["", "A", "B"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_only_x_and_the_thin_product_are_kept_for_the_backward(variant: str, frozen: str) -> None:
+    """h (n, r) and x, and one y for DoRA's gain; a plain composition keeps two. With A frozen, as in LoRA-FA, no x."""
+    layer = VARIANTS[variant](nn.Linear(64, 48, bias=False), r=2)
+    for name, factor in zip("AB", layer.factors, strict=True):
+        factor.requires_grad_(name != frozen)
     x = torch.randn(100, 64, requires_grad=True)
     kept: list[Tensor] = []
 
@@ -271,5 +268,7 @@ def test_only_x_and_the_thin_product_are_kept_for_the_backward() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         layer(x)
-    own = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr()}
-    assert sum(t.numel() for t in kept if t.data_ptr() not in own) == 100 * 2
+    own = {p.data_ptr() for p in layer.parameters()}
+    found = Counter(tuple(t.shape) for t in kept if t.data_ptr() not in own and t.ndim == 2)
+    wanted = {(100, 64): frozen != "A", (100, 2): frozen != "B", (100, 48): variant == "dora"}
+    assert found == {shape: 1 for shape, there in wanted.items() if there}

@@ -455,6 +455,26 @@ def test_a_sum_too_large_for_the_base_is_refused(tiny: Tiny) -> None:
         merge_lora(model)
 
 
+@pytest.mark.parametrize("own", [30_000.0, 50_000.0])
+def test_sums_are_made_once_unless_they_might_not_be_finite(
+    own: float, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 ends at 65,504: 30,000 has room, 50,000 may not."""
+    made: list[LoraLinear] = []
+    plain = LoraLinear.merged_weight
+
+    def counted(layer: LoraLinear) -> torch.Tensor:
+        made.append(layer)
+        return plain(layer)
+
+    monkeypatch.setattr(LoraLinear, "merged_weight", counted)
+    model = tiny("llama").half()
+    add_lora(model, LoraConfig(targets=("q_proj",), layers=(0,)))
+    model.model.layers[0].self_attn.q_proj.base_layer.weight.data[0, 0] = own
+    merge_lora(model)
+    assert len(made) == (1 if own < 32_000 else 2)
+
+
 def test_a_model_that_multiplies_by_its_layers_weights_itself(tiny: Tiny, shaken: Tiny, token_ids: Tiny) -> None:
     """Mamba reads `dt_proj.weight`; a wrapper that handed out the base's would leave the adapter out in silence."""
     model = tiny("mamba", state_size=4, time_step_rank=4).double()

@@ -1,12 +1,16 @@
 """8-bit layers are the dequantised dense layers, in everything but memory."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,7 +31,8 @@ from lorafit.errors import AdapterError, CheckpointError, ModelError, UsageError
 from lorafit.lora.inject import wrappers
 from lorafit.lora.int8 import Int8Linear
 from lorafit.lora.weights import read_weight, write_weight
-from lorafit.model.storage import store
+from lorafit.model import storage
+from lorafit.model.storage import store, stored_while_loading
 from lorafit.training.memory import need
 from tests.test_peft_parity import assert_same, in_peft, logits
 
@@ -164,6 +169,34 @@ def test_memory_falls_while_it_lies_and_while_it_trains(tiny: Tiny, examples: Ti
     assert more < W / 2  # no dense copy of W is kept for backward
 
 
+def test_a_model_is_never_dense_while_it_is_loaded(
+    tiny: Tiny, token_ids: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One layer at a time, to the same bits as when all of it is loaded first; tied head and biases included."""
+    for family in ("llama", "gpt2", "gemma2", "mixtral"):
+        tiny(family).save_pretrained(tmp_path / family)
+        loader: Any = transformers.AutoModelForCausalLM
+        whole = store(loader.from_pretrained(tmp_path / family, dtype=torch.float32), "int8").eval()
+        dense: list[int] = []
+
+        def counted(model: nn.Module, layer: nn.Module, plain: Any = storage._is_stored, dense: Any = dense) -> Any:
+            found = plain(model, layer)
+            linear = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
+            dense.extend([sum(not m.weight.is_meta for m in linear)] * found)
+            return found
+
+        with monkeypatch.context() as patched, stored_while_loading("int8"):
+            patched.setattr(storage, "_is_stored", counted)
+            model = loader.from_pretrained(tmp_path / family, dtype=torch.float32)
+        assert len(dense) == sum(isinstance(m, Int8Linear) for m in whole.modules()) > 0
+        assert max(dense) <= 2  # this one, and the head
+        store(model, "int8").eval()
+        assert torch.equal(logits(model, token_ids()), logits(whole, token_ids()))
+        assert {name: type(module) for name, module in model.named_modules()} == {
+            name: type(module) for name, module in whole.named_modules()
+        }
+
+
 class Stop(Exception):
     pass
 
@@ -216,3 +249,39 @@ def test_what_cannot_be_is_refused(tiny: Tiny) -> None:
     unload_lora(model)
     with pytest.raises(UsageError, match=r"train_modules: model.layers.0.mlp.gate_proj.codes, .* cannot be trained"):
         add_lora(store(model, "int8"), LoraConfig(train_modules=("layers.0.mlp",)))
+
+
+LOADING = """
+import sys
+import torch, transformers
+from lorafit.lora.int8 import Int8Linear
+from lorafit.model.storage import store, stored_while_loading
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+def seen(made, layer, plain=Int8Linear.__init__):
+    plain(made, layer)
+    peak.append(anonymous())
+
+Int8Linear.__init__ = seen
+transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2])  # imports what there is to import
+peak, before = [], anonymous()
+with stored_while_loading("int8"):
+    model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(max(peak) - before, sum(t.nbytes for t in model.state_dict().values()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how much memory a process has")
+def test_the_peak_while_loading_is_a_few_layers_above_the_8_bit_model(tiny: Tiny, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
+    tiny("llama", **sizes).save_pretrained(tmp_path / "large")
+    tiny("llama").save_pretrained(tmp_path / "small")
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, str(tmp_path / "large"), str(tmp_path / "small")],
+        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    peak, size = map(int, done.stdout.split())
+    assert peak < size + 6 * 4 * 1024 * 4096  # one layer, and what is made on the way to its codes

@@ -93,6 +93,18 @@ def test_a_merge_is_the_fp32_sum_rounded_once(
     assert ((merged.double() - exact).abs() <= half_unit * exact.abs() + 1e-5).all()
 
 
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Embedding"])
+@settings(**OPTIONS)
+@given(in_=SIZES, out=SIZES, r=SIZES, seed=st.integers(0, 10**6), sign=st.sampled_from([-1.0, 1.0]))
+def test_no_merged_value_is_beyond_the_bound(kind: str, in_: int, out: int, r: int, seed: int, sign: float) -> None:
+    torch.manual_seed(seed)
+    layer = wrap(kind, "lora", make(kind, in_, out).double(), r=r)
+    layer.base_layer.weight.data.mul_(sign * 10 ** (4 * torch.rand(1).item() - 2))
+    assert layer.merged_weight().abs().max() <= layer.bound() * (1 + 1e-12)
+    list(layer.factors)[seed % 2].data.view(-1)[-1] = torch.nan
+    assert not layer.bound() < torch.inf
+
+
 @settings(**OPTIONS)
 @given(alpha=st.floats(0.1, 50), r=st.integers(1, 16), rslora=st.booleans())
 def test_the_scale_and_that_the_update_is_linear_in_it(alpha: float, r: int, rslora: bool) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.speed import measure
 from lorafit import Batches, LoraConfig, TrainConfig, add_lora, evaluate, train
 from lorafit.data.batches import Batch, collate
 from lorafit.data.chat import Example
@@ -18,6 +19,7 @@ from lorafit.errors import Interrupted, OutOfMemory
 from lorafit.training import memory
 from lorafit.training.backoff import PassLimit, PassTooLarge, out_of_memory
 from lorafit.training.loop import begin, plan_passes, take_step
+from lorafit.training.loss import find_head
 from lorafit.training.memory import Need, automatic_limit, free_memory, need
 from lorafit.training.run import Passes
 
@@ -55,6 +57,30 @@ def test_the_estimate_is_about_what_autograd_keeps(
     model = adapted(tiny, family, dtype, **sizes).train()
     measured = kept_bytes(model, [row(length)] * 4) / (4 * length)
     assert low <= need(model).token / measured <= high
+
+
+@pytest.mark.skipif(not measure.forget_peak(), reason="the system does not say how much memory was needed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_made_whole_are_counted_whole(dtype: torch.dtype, tiny: Tiny) -> None:
+    """LoRA on the head: by what the process takes while the loss goes forward and back."""
+    vocab, n = 24_000, 400  # in fp32 above 32 MiB, which the allocator gives back at once
+    model = tiny(vocab_size=vocab, family="llama").to(dtype)
+    tiled = need(model.requires_grad_(False)).logits
+    add_lora(model, LoraConfig(r=2, targets=("lm_head",)))
+    assert tiled == memory.LOGIT * memory.TILE < need(model).logits
+    head, hidden = find_head(model), torch.randn(n, 32).to(dtype).requires_grad_()
+    assert head is not None
+    targets = torch.randint(vocab, (n,))
+    peaks = []
+    for _ in range(2):  # the second time, what a first call loads is there
+        measure.forget_peak()
+        before = measure.memory("VmRSS")
+        logits = head.logits(hidden)
+        loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        del logits
+        loss.backward()
+        peaks.append(measure.memory("VmHWM") - before)
+    assert 0.6 <= need(model).logits * n / peaks[1] <= 1.4
 
 
 def test_tokens_are_the_most_that_activations_allow() -> None:

@@ -248,6 +248,19 @@ def test_lora_fa_leaves_a_as_it_was_and_computes_no_gradient_for_it(tiny: Tiny, 
         assert all(factor.requires_grad for factor in layer.factors)
 
 
+def test_lora_fa_keeps_no_input_of_a_layer(tiny: Tiny, examples: Tiny, kept_bytes: Any) -> None:
+    """What feeds a down projection is as wide as the MLP and needed by nothing else; the other inputs are outputs of
+    norms and of attention, which keep their own."""
+    model = tiny("llama", intermediate_size=400).train()
+    add_lora(model, LoraConfig(r=2))
+    rows = examples(4)
+    whole = kept_bytes(model, rows)
+    with held_still(model, "lora-fa"):
+        less = whole - kept_bytes(model, rows)
+    tokens, blocks = sum(len(row.ids) for row in rows), 2
+    assert less >= 0.9 * tokens * blocks * 400 * 4
+
+
 def test_the_frozen_a_is_a_part_of_the_state(tiny: Tiny, examples: Tiny) -> None:
     """On another machine the same seed may make another A."""
     runs = []

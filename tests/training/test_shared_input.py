@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorafit import Batches, LoraConfig, TrainConfig, add_lora, lora_disabled, train
+from lorafit import VARIANTS, Batches, LoraConfig, TrainConfig, add_lora, lora_disabled, train
 from lorafit.lora.layers import LoraLinear
 from lorafit.training import shared_input
 from lorafit.training.attention import packs_exactly
@@ -55,11 +55,14 @@ def test_groups_are_what_sees_one_tensor(family: str, tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["llama", "cohere", "falcon", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [*((family, "lora") for family in ("llama", "cohere", "falcon", "gpt2", "gemma2")), ("llama", "dora")],
+)
 def test_the_loss_and_every_gradient_are_the_same(
-    family: str, checkpointing: bool, tiny: Tiny, examples: Any, together: list[int], one_pass: Any
+    family: str, variant: str, checkpointing: bool, tiny: Tiny, examples: Any, together: list[int], one_pass: Any
 ) -> None:
-    model, rows = adapted(tiny, family).train(), examples(4)
+    model, rows = adapted(tiny, family, variant=variant).train(), examples(4)
     loss, gradients = one_pass(model, rows, nullcontext())
     with checkpointed(model) if checkpointing else nullcontext():
         found = one_pass(model, rows, inputs_shared(model, packs_exactly(model)))
@@ -107,8 +110,9 @@ def test_dropout_keeps_layers_apart(tiny: Tiny, examples: Any, together: list[in
     assert together
 
 
-def test_other_formulas_and_bases_are_no_members(tiny: Tiny) -> None:
-    assert find_groups(adapted(tiny, variant="dora"), packed=True) == []
+def test_other_formulas_and_bases_are_no_members(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VARIANTS, "mine", type("Mine", (LoraLinear,), {}))
+    assert find_groups(adapted(tiny, variant="mine"), packed=True) == []
     model = adapted(tiny)
     model.model.layers[0].self_attn.k_proj.base_layer.register_forward_hook(lambda module, args, y: y * 2)
     x = torch.randn(1, 4, 32, dtype=torch.float64)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lorafit.adapter.algebra import Outcome, shrink
-from lorafit.adapter.check import lora_rank_flag
+from lorafit.adapter.check import lora_rank_flag, served_rank
 from lorafit.adapter.low_rank import Cut, Pair
 from lorafit.adapter.peft_config import CONFIG
 from lorafit.adapter.stored import Stored, read_stored, write_stored
@@ -85,6 +85,7 @@ def export_adapter(
     if to != "peft":
         _refuse_beyond_linear(source, to)
     most = max((cut.pair.r for cut in cuts.values()), default=1)
+    most = served_rank(most) if to == "vllm" else most
     pairs = {name: cut.pair.padded(most) for name, cut in cuts.items()}
     known = {**(source.base or {}).get("facts", {}), **(facts or {})}
     use = FORMATS[to](_Job(source, pairs, Path(out), known, base_model))
@@ -109,7 +110,8 @@ def _peft(job: _Job) -> str:
 
 
 def _vllm(job: _Job) -> str:
-    _write_plain(job)
+    modules = {"target_modules": sorted(job.pairs), "target_parameters": None} if job.source.by_weight else {}
+    _write_plain(job, **modules)
     flag = lora_rank_flag(job.r)
     if flag is None:
         return f"vllm: rank {job.r} is more than it takes; export it with --rank 512 or less"
@@ -117,17 +119,18 @@ def _vllm(job: _Job) -> str:
     return f"vllm serve {job.base} --enable-lora --max-lora-rank {flag} --lora-modules {name}={job.out}"
 
 
-def _write_plain(job: _Job) -> None:
+def _write_plain(job: _Job, **known: Any) -> None:
     named = {} if job.base_model is None else {"base_model_name_or_path": job.base_model}
-    write_stored(job.out, job.pairs, [job.source], task_type="CAUSAL_LM", **named)
+    write_stored(job.out, job.pairs, [job.source], task_type="CAUSAL_LM", **named, **known)
 
 
 # --- mlx-lm ---------------------------------------------------------------------------------------------
 
-# Model types whose layers have the same names in mlx_lm/models/*.py as in transformers; elsewhere mlx-lm would pass
-# over the tensors without a word (load_weights with strict=False).
+# Model types whose layers have the same names in mlx_lm/models/*.py as in transformers (tests/adapter/test_consumers.py
+# loads each); elsewhere older versions of mlx-lm would pass over the tensors without a word.
 MLX_SAME_NAMES = (
-    "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3",
+    "cohere", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "helium", "hunyuan_v1_dense", "llama",
+    "ministral3", "mistral", "nemotron", "olmo2", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm",
     "starcoder2",
 )  # fmt: skip
 
@@ -135,7 +138,7 @@ MLX_SAME_NAMES = (
 def _mlx(job: _Job) -> str:
     """`adapters.safetensors` with `lora_a` (in, r) and `lora_b` (r, out), and which layers they sit on.
 
-    Source: mlx_lm/tuner/utils.py at 03672867 (load_adapters, linear_to_lora_layers), mlx_lm/tuner/lora.py at 200af25d.
+    Source: mlx-lm 0.32.2, tuner/utils.py (load_adapters, linear_to_lora_layers) and tuner/lora.py.
     """
     kind = job.facts.get("model_type")
     if kind not in MLX_SAME_NAMES:
@@ -183,26 +186,41 @@ class _Family:
     permuted: bool = False
 
 
-# From llama.cpp's conversion/*.py at 7bca1fd9 (gemma, qwen: 2bbcf7fc; gpt2, smollm: 55357950): families whose linear
-# layers it takes over as they are, or with LlamaModel.permute on q_proj and k_proj.
+# Families whose linear layers llama.cpp takes over as they are, or with LlamaModel.permute on q_proj and k_proj: for
+# each it is what its own converter at 0c1e5709 writes (tests/adapter/test_consumers.py). But for gpt2: there the
+# converter transposes the factors as if they were the base's Conv1D, and llama.cpp refuses their shapes.
 GGUF_FAMILIES = {
+    "apertus": _Family("APERTUS"),
+    "arcee": _Family("ARCEE", permuted=True),
+    "cohere": _Family("COMMAND_R"),
+    "cohere2": _Family("COHERE2"),
+    "ernie4_5": _Family("ERNIE4_5"),
     "gemma": _Family("GEMMA"),
     "gemma2": _Family("GEMMA2"),
     "gemma3_text": _Family("GEMMA3"),
+    "glm": _Family("CHATGLM"),
+    "glm4": _Family("GLM4"),
     "gpt2": _Family("GPT2"),
+    "gpt_bigcode": _Family("STARCODER"),
     "granite": _Family("GRANITE", permuted=True),
+    "hunyuan_v1_dense": _Family("HUNYUAN_DENSE"),
     "llama": _Family("LLAMA", permuted=True),
     "mistral": _Family("LLAMA", permuted=True),
     "mixtral": _Family("LLAMA", permuted=True),
+    "nemotron": _Family("NEMOTRON"),
     "olmo": _Family("OLMO", permuted=True),
     "olmo2": _Family("OLMO2"),
+    "olmo3": _Family("OLMO2"),
     "phi": _Family("PHI2"),
     "phi3": _Family("PHI3"),
     "qwen2": _Family("QWEN2"),
     "qwen2_moe": _Family("QWEN2MOE"),
     "qwen3": _Family("QWEN3"),
     "qwen3_moe": _Family("QWEN3MOE"),
+    "seed_oss": _Family("SEED_OSS"),
     "smollm3": _Family("SMOLLM3", permuted=True),
+    "stablelm": _Family("STABLELM"),
+    "starcoder2": _Family("STARCODER2"),
 }
 GGUF_FILE = "adapter.gguf"
 
@@ -210,7 +228,7 @@ GGUF_FILE = "adapter.gguf"
 def _gguf(job: _Job) -> str:
     """A GGUF file of type "adapter": `<name>.weight.lora_a` (r, in), `.lora_b` (out, r), and one alpha for all.
 
-    Source: llama.cpp convert_lora_to_gguf.py at 0b03adaa; the scale is alpha / r there.
+    Source: llama.cpp convert_lora_to_gguf.py at 0c1e5709; the scale is alpha / r there.
     """
     import gguf
 

@@ -19,6 +19,7 @@ from lorafit.adapter.shards import Shards, find, load_on, open_shards, real_laye
 from lorafit.adapter.stored import pair_tensors, plan_for_pairs
 from lorafit.config import LoraConfig, Names
 from lorafit.errors import ModelError, NumericError, listing
+from lorafit.hub import adapter_folder
 from lorafit.lora.inject import find_targets
 from lorafit.lora.weights import read_weight
 
@@ -117,7 +118,7 @@ def nearest_plain(
     check_keep(rank, energy)
     cuts = {}
     with open_shards(Path(base)) as shards:
-        plan, tensors = load_on(skeleton, shards, Path(adapter), force_base)
+        plan, tensors = load_on(skeleton, shards, adapter_folder(adapter), force_base)
         for target in plan.targets:
             layer = real_layer(skeleton, target.name, shards, torch.float32)
             with torch.no_grad():

@@ -7,13 +7,16 @@ bf16.
 
 import base64
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 LAYERS, VALUES = 8, 16
+NOTED = "_lorafit_values"
+"""The attribute of a model whose weights are sharded that holds values of each, by name."""
 # bf16 rounds to 2^-8 of a value; twice that, and room for fp16's smallest numbers.
 RELATIVE, ABSOLUTE = 2.0**-7, 1e-7
 DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -28,11 +31,11 @@ SAME = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pyt
 def base_fingerprint(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Facts of `model` and values of some weights of its `layers`, as JSON holds them.
 
-    Weights that are not plain floating-point numbers (quantised, sharded, on the meta device) are left out; of 8-bit
-    ones the scales are taken.
+    Weights that are not plain floating-point numbers (quantised, on the meta device) are left out; of 8-bit ones the
+    scales are taken. Of sharded ones stands here what `remember_values` noted.
     """
-    weights = dict(_dense_weights(layers))
-    values = {name: _packed(_sample(weights[name], VALUES)) for name in spread(list(weights), LAYERS)}
+    weights = dict(_samples(model, layers))
+    values = {name: _packed(weights[name](VALUES)) for name in spread(list(weights), LAYERS)}
     return {"facts": _facts(model), "values": values}
 
 
@@ -44,8 +47,9 @@ def other_base(fingerprint: Any, model: nn.Module, layers: Mapping[str, nn.Modul
     of the two does not know is not compared. Raises ValueError if `fingerprint` is not one.
     """
     facts, values = _unpacked(fingerprint)
-    weights = dict(_dense_weights(layers))
-    now = {name: _sample(weights[name], len(was)) for name, was in values.items() if name in weights}
+    weights = dict(_samples(model, layers))
+    now = {name: weights[name](len(was)) for name, was in values.items() if name in weights}
+    now = {name: found for name, found in now.items() if len(found) == len(values[name])}
     return _difference(facts, _facts(model), values, now)
 
 
@@ -88,12 +92,52 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b) or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-6))
 
 
-def _dense_weights(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+def _samples(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Callable[[int], Tensor]]]:
+    """By the weights' names how to get some of their values."""
+    noted: Mapping[str, Tensor] = getattr(model, NOTED, {})
+    for key, weight in _weights(layers):
+        if hasattr(weight, "full_tensor"):
+            if key in noted:
+                yield key, partial(_noted, noted[key])
+        elif type(weight) in (nn.Parameter, Tensor) and not weight.is_meta and weight.dtype in DENSE:
+            yield key, partial(_sample, weight.detach())
+
+
+def _weights(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
     for name, layer in layers.items():
         for key, weight in (*layer.named_parameters(name), *layer.named_buffers(name)):
-            plain = type(weight) in (nn.Parameter, Tensor) and not weight.is_meta and weight.dtype in DENSE
-            if plain and weight.numel() and (key.endswith(("weight", "scales")) or weight.ndim == 3):
-                yield key, weight.detach()
+            if weight.numel() and (key.endswith(("weight", "scales")) or weight.ndim == 3):
+                yield key, weight
+
+
+@torch.no_grad()
+def remember_values(model: nn.Module) -> None:
+    """Note of every sharded weight what fingerprints are made of, while all processes are here.
+
+    Each has some of the values, and 0 for the others; one sum of all weights puts them together. The base does not
+    change, so that any process can say later by itself which one it is.
+    """
+    dealt = {name: p for name, p in model.named_parameters(remove_duplicate=False) if hasattr(p, "full_tensor")}
+    if dealt:
+        flat = torch.stack([_own_share(parameter) for parameter in dealt.values()])
+        torch.distributed.all_reduce(flat)
+        setattr(model, NOTED, dict(zip(dealt, flat.cpu(), strict=True)))
+
+
+def _own_share(weight: Any) -> Tensor:
+    """`VALUES` values of a weight whose rows lie in all processes; 0 where this process has not got them."""
+    local, count, width = weight.to_local().flatten(), weight.shape[0], weight.numel() // weight.shape[0]
+    rows = -(-count // torch.distributed.get_world_size())
+    places = _places(weight, VALUES).to(local.device) - min(torch.distributed.get_rank() * rows, count) * width
+    here = (places >= 0) & (places < local.numel())
+    values = torch.zeros(VALUES, dtype=torch.float32, device=local.device)
+    values[here] = local[places[here]].float()
+    return values
+
+
+def _noted(values: Tensor, count: int) -> Tensor:
+    """The values that were noted; they are what they are, whatever `count` is asked for."""
+    return values
 
 
 def spread(names: list[str], count: int) -> Iterable[str]:
@@ -104,8 +148,12 @@ def spread(names: list[str], count: int) -> Iterable[str]:
 
 def _sample(weight: Tensor, count: int) -> Tensor:
     """`count` values of `weight`, the first, the last and evenly between, in fp32."""
-    places = torch.arange(count) * (weight.numel() - 1) // max(count - 1, 1)
+    places = _places(weight, count)
     return weight[torch.unravel_index(places.to(weight.device), weight.shape)].float().cpu()
+
+
+def _places(weight: Tensor, count: int) -> Tensor:
+    return torch.arange(count) * (weight.numel() - 1) // max(count - 1, 1)
 
 
 def _packed(values: Tensor) -> str:

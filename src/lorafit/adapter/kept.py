@@ -20,7 +20,7 @@ from lorafit.errors import AdapterError, UsageError, listing
 from lorafit.lora.inits import BLANK, BLANK_KEPT, Init, find_init
 from lorafit.lora.inject import Plan, plain_modules
 from lorafit.lora.layers import scale_of
-from lorafit.lora.weights import read_weight
+from lorafit.lora.weights import whole_weight
 
 
 def widened(plan: Plan, names: Collection[str]) -> Plan:
@@ -105,7 +105,7 @@ def _with_starts(
             continue
         with torch.no_grad():
             s = scale_of(target.r, target.alpha, plan.config.rslora)
-            A0, B0 = init(read_weight(modules[target.layer]).float(), target.r, s)
+            A0, B0 = init(whole_weight(modules[target.layer]).float(), target.r, s)
         names = f"{target.name}.lora_A.weight", f"{target.name}.lora_B.weight"
         A, B = (tensors[name].to(A0) for name in names)
         signs = torch.where((A * A0).sum(dim=1) < 0, -1.0, 1.0)

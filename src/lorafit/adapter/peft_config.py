@@ -148,7 +148,7 @@ KINDS = {name: kind for name, (_, kind) in (READ | HISTORY).items()}
 DEFAULTS: dict[str, Any] = {name: default for name, (default, _) in (READ | HISTORY).items()} | UNSUPPORTED
 # Initialisations that leave the base weight alone; for the others PEFT changes the base when it loads a file. It makes
 # these anew from the base, which gives the same change again; those that draw random numbers or look at data do not.
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 MADE_ANEW = ("pissa", "olora")
 
 
@@ -157,6 +157,15 @@ MADE_ANEW = ("pissa", "olora")
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Every field of the configuration in `folder`, checked; AdapterError in one line for the first that is wrong."""
+    raw = read_raw(folder)
+    for name, value in raw.items():
+        if problem := _problem(name, value):
+            raise AdapterError(f"{folder / CONFIG}: {problem}")
+    return DEFAULTS | {name: value for name, value in raw.items() if value is not None}
+
+
+def read_raw(folder: Path) -> dict[str, Any]:
+    """The fields that the file states, as they stand there; AdapterError if they are not those of a LoRA adapter."""
     file = folder / CONFIG
     with open_file(file) as handle, explained(file, "readable as JSON"):
         text = handle.read(LONGEST_FILE + 1)
@@ -166,11 +175,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise AdapterError(f"{file}: a JSON object is expected, not {type(raw).__name__}")
     if raw.get("peft_type") != "LORA":
-        raise AdapterError(f"{file}: peft_type is {shown(raw.get('peft_type'))}; lorafit opens LORA adapters only")
-    for name, value in raw.items():
-        if problem := _problem(name, value):
-            raise AdapterError(f"{file}: {problem}")
-    return DEFAULTS | {name: value for name, value in raw.items() if value is not None}
+        mlx = "an adapter for mlx-lm, which alone reads it" if "fine_tune_type" in raw else ""
+        kind = f"peft_type is {shown(raw.get('peft_type'))}"
+        raise AdapterError(f"{file}: {mlx or kind}; lorafit opens LORA adapters only")
+    return raw
 
 
 def _problem(name: str, value: Any) -> str | None:
@@ -435,10 +443,10 @@ def _tokens(model: nn.Module, value: Any, modules: Mapping[str, nn.Module]) -> d
     return {"train_tokens": tuple(ids), "token_layers": tuple(found)}
 
 
-def patterned(field: str, raw: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    """The rank or alpha of each of the layers `names`: `field` is rank_pattern or alpha_pattern."""
+def patterned(field: str, raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The rank or alpha of layers, by rank_pattern or alpha_pattern; `names` gives for each what PEFT matches."""
     default = raw["r" if field == "rank_pattern" else "lora_alpha"]
-    return dict.fromkeys(names, default) | _spelled_out(field, raw[field], {name: name for name in names}, default)
+    return dict.fromkeys(names, default) | _spelled_out(field, raw[field], names, default)
 
 
 def _spelled_out(field: str, pattern: Mapping[str, Any], names: Mapping[str, str], default: float) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Stored:
     """What a folder holds: ΔW of each layer as a pair with its scale folded into B, and the rest as it is.
 
     `alphas` are what it was saved with. `magnitudes` are DoRA's m (out,), `trained` the tensors of modules trained in
-    full, `base` the fingerprint of the base model where the file knows it.
+    full, `base` the fingerprint of the base model where the file knows it, `by_weight` the layers that PEFT has to know
+    by their weight (`target_parameters`).
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class Stored:
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     trained: Mapping[str, Tensor] = field(default_factory=dict)
     base: dict[str, Any] | None = None
+    by_weight: frozenset[str] = frozenset()
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -61,13 +63,17 @@ def read_stored(path: str | Path) -> Stored:
             f"{folder}: init_lora_weights={config['init_lora_weights']!r} means that the base makes part of it: "
             "load it on its base and save it again"
         )
-    if config["target_parameters"]:
-        raise AdapterError(f"{folder}: adapts stacks of experts, which have no one A and B: merge it instead")
+    if config["trainable_token_indices"]:
+        raise AdapterError(f"{folder}: trains rows of the embedding, which are no low-rank update: merge it instead")
+    by_weight = _named_by_weight(config, folder)
     with open_adapter(folder) as (file, entries):
         layers, trained = _sorted_out(entries, config, folder)
+        called = {name: f"{name}.weight" for name in layers if not by_weight.isdisjoint(tails(f"{name}.weight"))}
         try:
-            ranks = patterned("rank_pattern", config, list(layers))
-            alphas = patterned("alpha_pattern", config, list(layers))
+            ranks, alphas = (
+                patterned(field, config, {name: called.get(name, name) for name in layers})
+                for field in ("rank_pattern", "alpha_pattern")
+            )
         except UsageError as error:
             raise AdapterError(f"{folder}: {plain(error)}") from error
         wrong = [
@@ -92,7 +98,15 @@ def read_stored(path: str | Path) -> Stored:
         pairs[name] = Pair(A, scale_of(ranks[name], alphas[name], config["use_rslora"]) * B, embedding)
     magnitudes = {name: held[f"{name}.{MAGNITUDE}"] for name in layers if config["use_dora"]}
     rest = {name: held[name] for name in trained}
-    return Stored(folder, config, pairs, alphas, magnitudes, rest, note.get("base"))
+    return Stored(folder, config, pairs, alphas, magnitudes, rest, note.get("base"), frozenset(called))
+
+
+def _named_by_weight(config: Mapping[str, Any], folder: Path) -> set[str]:
+    """The entries of target_parameters, all of them weights of linear layers; a stack of experts is refused."""
+    entries = set(config["target_parameters"] or ())
+    if not all(entry.split(".")[-1] == "weight" for entry in entries):
+        raise AdapterError(f"{folder}: adapts stacks of experts, which have no one A and B: merge it instead")
+    return entries
 
 
 def _sorted_out(
@@ -183,7 +197,11 @@ def write_stored(path: str | Path, pairs: Mapping[str, Pair], sources: Sequence[
     plan = plan_for_pairs(pairs, config, _modules(first.trained, first.config))
     kept = {name: first.config[name] for name in ("base_model_name_or_path", "revision", "task_type")}
     kept["fan_in_fan_out"] = any(source.config["fan_in_fan_out"] for source in sources)
-    said = fields(plan, **{**kept, "target_modules": _target_names(list(pairs), sources), **known})
+    by_weight = [name for name in pairs if any(name in source.by_weight for source in sources)]
+    kept["target_parameters"] = [f"{name}.weight" for name in by_weight] or None
+    kept["target_modules"] = _target_names([name for name in pairs if name not in by_weight], sources)
+    called = {name: f"{name}.weight" if name in by_weight else name for name in pairs}
+    said = fields(plan, called, **{**kept, **known})
     tensors = pair_tensors(pairs) | dict(first.trained)
     base = joint_base(sources, force=True)
     return write_adapter(Path(path), tensors, plan, said, {} if base is None else {"base": base})
@@ -228,7 +246,7 @@ def _target_names(names: list[str], sources: Sequence[Stored]) -> list[str]:
         if not isinstance(said["target_modules"], list) or said["exclude_modules"] or said["layers_to_transform"]:
             return sorted(names)
         used.update(said["target_modules"])
-    covered = {layer for source in sources for layer in source.pairs}
+    covered = {layer for source in sources for layer in source.pairs.keys() - source.by_weight}
     used = {entry for entry in used if any(entry in tails(name) for name in covered)}
     if covered != set(names) or not all(used.intersection(tails(name)) for name in names):
         return sorted(names)

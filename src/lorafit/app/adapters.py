@@ -13,7 +13,7 @@ from lorafit.errors import AdapterError
 class AdapterConfig:
     """The adapter"""
 
-    adapter: str = knob("", "adapter folder")
+    adapter: str = knob("", "adapter folder, or owner/name on the hub")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class KeepConfig:
 class CombineConfig:
     """What is added up, and how"""
 
-    adapters: tuple[str, ...] = knob((), "adapter folders")
+    adapters: tuple[str, ...] = knob((), "adapter folders, or names on the hub")
     weights: tuple[float, ...] = knob((), "a weight for each; none: equal shares")
     method: Literal["sum", "ties", "dare"] = knob(
         "sum", "sum: exact, the ranks add up; ties (arXiv:2306.01708) and dare (arXiv:2311.03099): on the dense update"
@@ -67,7 +67,7 @@ class CheckConfig:
 class DiffConfig:
     """The two adapters"""
 
-    adapter: str = knob("", "adapter folder")
+    adapter: str = knob("", "adapter folder, or owner/name on the hub")
     other: str = knob("", "adapter folder to compare it with")
 
 

@@ -7,15 +7,16 @@ A verb is a function that takes dataclasses: their fields are its flags, its doc
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorafit.app import adapters, merging, options, sharing, signals
+from lorafit.app import adapters, merging, options, several, sharing, signals
 from lorafit.app.common import OutConfig, base, make_console, need, say, source, with_adapter
 from lorafit.config import DataConfig, LoraConfig, ModelConfig, TrainConfig, as_dict, knob
 from lorafit.errors import Interrupted, LorafitError, ModelError, UsageError, nearest
+from lorafit.world import World
 
 # --- options that only a verb has --------------------------------------------------------------------
 
@@ -115,13 +116,17 @@ def train(
     from lorafit.app.trackers import check_trackers
     from lorafit.files import sweep
     from lorafit.locks import lock
+    from lorafit.training.distributed import together
 
     check_trackers(follow.track)
     folder = Path(out.out)
-    with lock(folder):
-        sweep(folder)
-        runs.check_free(folder, again.resume)
-        fine_tune(model, lora, tokens, data, training, follow, folder, again.resume)
+    with several.connected(model) as here, ExitStack() as held:
+        with together(here):
+            if here.is_main:
+                held.enter_context(lock(folder))
+                sweep(folder)
+                runs.check_free(folder, again.resume)
+        fine_tune(model, lora, tokens, data, training, follow, folder, again.resume, here)
 
 
 def fine_tune(
@@ -133,52 +138,71 @@ def fine_tune(
     follow: FollowConfig,
     folder: Path,
     resume: bool,
+    here: World,
 ) -> None:
-    """What `train` does in `folder`, which is its own."""
+    """What `train` does in `folder`, which is its own; of several processes only the first writes there."""
     import torch
 
-    from lorafit.adapter.peft_format import load_lora, save_lora
+    from lorafit.adapter.peft_format import load_lora
     from lorafit.app import rows, runs, starts
-    from lorafit.app.about import about
     from lorafit.app.trackers import following
-    from lorafit.files import write_json
     from lorafit.lora.tokens import enlarge
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
-    from lorafit.training.checkpoint import whole_states
+    from lorafit.training.distributed import together
 
     console = make_console()
-    tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
-    asked = with_tokens(lora, tokens, tokenizer)
-    examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
-    net, _ = load_model(**base(model))
+    with several.fetching(here, model.model, model.adapter, data.data, data.eval_data):
+        tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
+        asked = with_tokens(lora, tokens, tokenizer)
+        examples, held_out = rows.read_rows(model, data, tokenizer, training.seed)
+        net = None if training.shard else load_model(**base(model))[0]
+    net = several.sharded(model, here) if net is None else net
     enlarge(net, len(tokenizer) if tokens.new_tokens else 0)
     batches = rows.make_batches(examples, data, seed=training.seed)
     torch.manual_seed(training.seed)  # the start of A
     if model.adapter:
         plan = load_lora(net, model.adapter, force_base=model.force_base)
     else:
-        restored = resume and bool(whole_states(folder / runs.CHECKPOINTS))
-        plan = starts.put_in(net, asked, batches, console.print, restored=restored)
+        kept_in = folder / runs.CHECKPOINTS if resume else None
+        plan = starts.put_in(net, asked, batches, console.print, kept_in=kept_in, here=here)
         lora = replace(plan.config, train_tokens=lora.train_tokens)  # with the ranks that the data asked for
     console.print(f"{plan}\n{rows.summary(examples, held_out)}")
     evaluation = rows.make_batches(held_out, data, shuffle=False) if held_out else None
     settings = as_dict(model, lora, tokens, data, training, follow, OutConfig(out=str(folder)))
-    done = runs.start(folder, settings, resume=resume)
+    with together(here):
+        done = runs.start(folder, settings, resume=resume) if here.is_main else 0
     wiring: dict[str, Any] = {"resume" if resume else "checkpoints": folder / runs.CHECKPOINTS}
     steps = loop.count_steps(training, batches)
     with (
-        following(follow.track, folder, settings, done, console.print) as tell,
+        following(follow.track if here.is_main else (), folder, settings, done, console.print) as tell,
         signals.noted(),
         runs.progress(console, steps, folder / runs.LOG, done, tell) as show,
     ):
-        wiring |= {"on_step": show, "on_note": console.print, "stop": signals.reason}
+        wiring |= {"on_note": console.print, "stop": signals.reason} | ({"on_step": show} if here.is_main else {})
         result = loop.train(net, batches, training, evaluation=evaluation, **wiring)
-    beside = tokenizer if plan.tokens else None
-    save_lora(net, folder / runs.ADAPTER, base_model=model.model, tokenizer=beside)
-    kept: dict[str, Any] = {"settings": settings, "count": follow.samples, "tokens": follow.sample_tokens}
-    write_json(folder / runs.ABOUT, about(net, tokenizer, plan, examples, held_out, **kept))
-    tell_result(console, model.model, data.data, folder, result, batches.steps_per_epoch)
+    leave(folder, net, tokenizer, plan, examples, held_out, settings, here)
+    if here.is_main:
+        tell_result(console, model.model, data.data, folder, result, batches.steps_per_epoch)
+
+
+def leave(
+    folder: Path, net: Any, tokenizer: Any, plan: Any, rows: Any, held_out: Any, settings: dict[str, Any], here: World
+) -> None:
+    """Write the adapter of a run that is over, and what is noted about it."""
+    from lorafit.adapter.peft_format import save_lora
+    from lorafit.app import runs
+    from lorafit.app.about import about
+    from lorafit.files import write_json
+
+    if here.is_main:
+        beside = tokenizer if plan.tokens else None
+        save_lora(net, folder / runs.ADAPTER, base_model=settings["model"], tokenizer=beside)
+    if here.is_main or settings["shard"]:  # a sharded base is looked at by all processes together
+        many = {"count": settings["samples"], "tokens": settings["sample_tokens"]}
+        facts = about(net, tokenizer, plan, rows, held_out, settings=settings, **many)
+    if here.is_main:
+        write_json(folder / runs.ABOUT, facts)
 
 
 def tell_result(console: Any, model: str, data: str, folder: Path, result: Any, steps_per_epoch: int) -> None:
@@ -204,14 +228,18 @@ def evaluate(model: ModelConfig, data: DataConfig, seed: SeedConfig) -> None:
     from lorafit.model.load import load_model, load_tokenizer
     from lorafit.training import loop
 
-    tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
-    examples, held_out = rows.read_rows(model, data, tokenizer, seed.seed)
-    batches = rows.make_batches(held_out or examples, data, shuffle=False)
-    net, _ = load_model(**with_adapter(model))
-    with lora_disabled(net):
-        losses = {"base model": loop.evaluate(net, batches, on_note=print)}
-    if model.adapter:
-        losses["with adapter"] = loop.evaluate(net, batches, on_note=print)
+    with several.connected(model) as here:
+        tokenizer = load_tokenizer(**source(model), adapter=model.adapter)
+        examples, held_out = rows.read_rows(model, data, tokenizer, seed.seed)
+        batches = rows.make_batches(held_out or examples, data, shuffle=False)
+        net, _ = load_model(**with_adapter(model))
+        passes = loop.plan_passes(net, batches, print, here=here)
+        with lora_disabled(net):
+            losses = {"base model": loop.evaluate(net, batches, passes=passes, on_note=print)}
+        if model.adapter:
+            losses["with adapter"] = loop.evaluate(net, batches, passes=passes, on_note=print)
+    if not here.is_main:
+        return
     table = Table(f"{len(batches.examples):,} rows", "loss per supervised token", "perplexity")
     for name, loss in losses.items():
         table.add_row(name, f"{loss:.4f}", f"{exp(loss):.3f}")
@@ -374,14 +402,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def answer(arguments: list[str]) -> int:
     """Whatever happens, one line and an exit code."""
     try:
-        run([argument for argument in arguments if argument != "--debug"])
+        # A first "--" is for torchrun, which on Python 3.11 takes --r for one of its own options.
+        run([argument for argument in arguments[arguments[:1] == ["--"] :] if argument != "--debug"])
     except SystemExit as stopped:  # argparse has printed the help
         return int(stopped.code or 0)
     except KeyboardInterrupt:
-        print("lorafit: interrupted", file=sys.stderr)
+        end("interrupted")
         return 130
     except signals.Stopped as stopped:
-        print(f"lorafit: stopped by {stopped}; nothing half done is left behind", file=sys.stderr)
+        end(f"stopped by {stopped}; nothing half done is left behind")
         return Interrupted.exit_code
     except Exception as error:
         if "--debug" in arguments:
@@ -389,12 +418,18 @@ def answer(arguments: list[str]) -> int:
 
             print(without_tokens(traceback.format_exc()), file=sys.stderr)
         if isinstance(error, LorafitError):
-            print(without_tokens(f"lorafit: {error}"), file=sys.stderr)
+            end(str(error))
             return error.exit_code
-        said = without_tokens(" ".join(str(error).split()))
-        print(f"lorafit: unexpected {type(error).__name__}: {said} (--debug shows where)", file=sys.stderr)
+        end(f"unexpected {type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)")
         return 1
     return 0
+
+
+def end(why: str) -> None:
+    """Say why the command ends: once, however many processes it has."""
+    signals.leave()
+    if several.speaks():
+        print(without_tokens(f"lorafit: {why}"), file=sys.stderr)
 
 
 def without_tokens(text: str) -> str:
@@ -412,6 +447,7 @@ def run(arguments: list[str]) -> None:
 
         print(f"lorafit {version('lorafit')}")
     elif name in VERBS:
+        several.check(name)
         known = {key for verb in VERBS.values() for key in options.names(verb)}
         VERBS[name](**options.read(name, VERBS[name], rest, known, settings_file))
     else:

@@ -110,12 +110,7 @@ def main(quick: bool = False, seed: int = 0, out: Path = Path("lorafit-demo")) -
     write_json(out / runs.ABOUT, noted | {"measured": measured})
     console.print(table(scores, size, quick))
     show_answers(console, model, tokenizer, held_out[0], size.longest)
-    console.print(
-        f"\nadapter {adapter}   merged model {out / 'merged'}   log {out / runs.LOG}   picture {out / runs.PICTURE}\n"
-        f"talk to it: lorafit chat --model {base} --adapter {adapter} --system '{INSTRUCTION}'\n"
-        f"show it: lorafit report {out}",
-        soft_wrap=True,
-    )
+    console.print(what_now(out, base, adapter), soft_wrap=True)
     figures = {
         "seed": seed,
         "quick": quick,
@@ -127,6 +122,15 @@ def main(quick: bool = False, seed: int = 0, out: Path = Path("lorafit-demo")) -
     }
     write_json(out / "result.json", figures)
     return figures
+
+
+def what_now(out: Path, base: str, adapter: Path) -> str:
+    """Where everything lies, and the commands that go on with it."""
+    return (
+        f"\nadapter {adapter}   merged model {out / 'merged'}   log {out / runs.LOG}   picture {out / runs.PICTURE}\n"
+        f"talk to it: lorafit chat --model {base} --adapter {adapter} --system '{INSTRUCTION}'\n"
+        f"show it: lorafit report {out}"
+    )
 
 
 def quicker_dtype(console: Console) -> Literal["auto", "float32"]:

@@ -3,13 +3,19 @@
 Most of the time that means now: `Stopped` is raised wherever the program is, and what it was writing disappears
 (`files.py`). Inside `noted` a signal is only remembered, for a loop that asks `reason` between its steps and has
 something to save.
+
+Under torchrun a second one says nothing new: it passes on what the terminal has sent to all processes already, and
+ends by SIGKILL what is still there after half a minute.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from lorafit.world import VARIABLES
 
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _state: dict[str, str | bool | None] = {"reason": None, "raises": True}
@@ -58,9 +64,20 @@ def keyboard() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def leave() -> None:
+    """The command is about to end, and says why: torchrun, which another process has told, does not cut it off."""
+    if _in_company() and signal.getsignal(signal.SIGTERM) is _arrived:
+        for each in WATCHED:
+            signal.signal(each, signal.SIG_IGN)
+
+
+def _in_company() -> bool:
+    return all(name in os.environ for name in VARIABLES)
+
+
 def _arrived(number: int, frame: FrameType | None) -> None:
     _state["reason"] = signal.Signals(number).name
     for each in WATCHED:
-        signal.signal(each, signal.SIG_DFL)
+        signal.signal(each, signal.SIG_IGN if _in_company() else signal.SIG_DFL)
     if _state["raises"]:
         raise Stopped(_state["reason"])

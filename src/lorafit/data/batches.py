@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lorafit.data.chat import IGNORE, Example
 from lorafit.errors import DataError
+from lorafit.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,19 @@ def collate(rows: Sequence[Example], *, packed: bool) -> Batch:
     )
 
 
+def deal(rows: Sequence[Example], hands: int) -> list[list[Example]]:
+    """`rows` in `hands` shares of about equal length, each in its old order: the longest first, to who has least."""
+    if hands == 1:
+        return [list(rows)]
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    held = [0] * hands
+    for number in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
+        least = held.index(min(held))
+        dealt[least].append(number)
+        held[least] += len(rows[number].ids)
+    return [[rows[number] for number in sorted(hand)] for hand in dealt]
+
+
 class Batches:
     """All batches of a run: `window(step)` are the forward passes of optimizer step `step`.
 
@@ -103,6 +117,7 @@ class Batches:
         self.packing = packing
         self.max_tokens_per_pack = max_tokens_per_pack
         self.shuffle = shuffle
+        self._drawn: tuple[int | None, list[int]] = None, []
 
     @property
     def steps_per_epoch(self) -> int:
@@ -114,22 +129,30 @@ class Batches:
         per_step = self.batch_size * self.accumulate
         return [self.examples[i] for i in self._order(epoch)[position * per_step : (position + 1) * per_step]]
 
-    def window(self, step: int, *, packed: bool | None = None, limit: int | None = None) -> list[Batch]:
+    def tokens(self, step: int) -> int:
+        """How many supervised tokens step `step` has, over all processes."""
+        return sum(len(row.labels[1:]) - row.labels[1:].count(IGNORE) for row in self.rows(step))
+
+    def window(
+        self, step: int, *, packed: bool | None = None, limit: int | None = None, world: World = ALONE
+    ) -> list[Batch]:
         """The forward passes of step `step`; `packed` overrides `packing` (for models that cannot be packed).
 
-        `limit` is a second limit beside `max_tokens_per_pack`: what fits into the memory of this machine.
+        `limit` is a second limit beside `max_tokens_per_pack`: what fits into the memory of this machine. Of several
+        processes each gets its share, which is empty where a step has fewer rows than there are processes.
         """
         packed = self.packing if packed is None else packed
-        rows = self.rows(step)
+        rows = deal(self.rows(step), world.size)[(world.rank + step) % world.size]  # no process is always the idle one
         parts = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         return [collate(part, packed=packed) for whole in parts for part in self._split(whole, packed, limit)]
 
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(len(self.examples)))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order: list[int] = torch.randperm(len(self.examples), generator=generator).tolist()
-        return order
+        if self._drawn[0] != epoch:  # asked for several times a step
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._drawn = epoch, torch.randperm(len(self.examples), generator=generator).tolist()
+        return self._drawn[1]
 
     def _split(self, rows: list[Example], packed: bool, limit: int | None) -> list[list[Example]]:
         """Cut `rows` where a pass would hold more tokens than it may; a longer row goes alone."""

@@ -24,7 +24,7 @@ from lorafit.config import LoraConfig
 from lorafit.errors import ModelError, UsageError, listing
 from lorafit.lora.inits import Init, factor_dtype, find_init
 from lorafit.lora.layers import LoraLinear
-from lorafit.lora.weights import is_readable
+from lorafit.lora.weights import gathered, is_readable
 
 
 class LoraParameter(LoraLinear):
@@ -48,7 +48,7 @@ class LoraParameter(LoraLinear):
         return base.holder if isinstance(base, LoraParameter) else base
 
     def base_weight(self) -> Tensor:
-        return turned(self.holder, self._held)
+        return turned(self.holder, gathered(self._held))
 
     @property
     def _held(self) -> Tensor:

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from lorafit.errors import UsageError
 from lorafit.lora.fused import Parts, low_rank_linear
-from lorafit.lora.fused_dora import GainedLowRankLinear
 from lorafit.lora.inits import Init, factor_dtype, find_init
-from lorafit.lora.weights import read_weight, write_weight
+from lorafit.lora.weights import gathered, read_weight, whole_weight, write_weight
 
 TINY = 1e-30  # a squared norm below this is a row of zeros
 
@@ -72,8 +72,8 @@ class LoraLinear(nn.Module):
             self.start(self.base_weight(), find_init(init) if isinstance(init, str) else init)
 
     def base_weight(self) -> Tensor:
-        """W, (out, in)."""
-        return read_weight(self.base_layer)
+        """W, (out, in): all of it, wherever its slices are."""
+        return whole_weight(self.base_layer)
 
     def start(self, W: Tensor, init: Init) -> None:
         """Make A and B and give them their first values; keep these where B·A is not 0."""
@@ -148,12 +148,23 @@ class LoraLinear(nn.Module):
     def delta(self) -> Tensor:
         """ΔW = s·B'·A', dense (out, in), in the precision of A and B."""
         A, B = self.matrices(*self.update)
-        return self.scale * (B @ A)
+        return (B @ A).mul_(self.scale)
 
     def merged_weight(self) -> Tensor:
         """W + s·B·A, summed in fp32 and rounded once to W's dtype, (out, in)."""
         W = self.base_weight()
-        return (W.to(factor_dtype(W)) + self.delta()).to(W.dtype)
+        return self.delta().add_(W).to(W.dtype)
+
+    @torch.no_grad()
+    def bound(self) -> float:
+        """No value of `merged_weight` is larger; NaN or infinite where W, A or B is.
+
+        max|W| + s·max‖b‖·max‖a‖, with b a row of B' and a a column of A'.
+        """
+        A, B = self.matrices(*self.update)
+        low, high = self.base_weight().aminmax()
+        largest = torch.maximum(-low, high).to(A.dtype)
+        return float(largest + self.scale * B.norm(dim=-1).amax() * A.norm(dim=-2).amax())
 
     def write_merged(self) -> nn.Module:
         """Make the merged weight the base layer's own; returns the layer that has it."""
@@ -210,7 +221,12 @@ class LoraLinear(nn.Module):
     @property
     def parts(self) -> Parts:
         """What `low_rank_linear` works with."""
-        return Parts(read_weight(self.base_layer), self.bias, *self.update, self.scale)
+        return Parts(read_weight(self.base_layer), self.bias, *self.update, self.scale, self.gain)
+
+    @property
+    def gain(self) -> Tensor | None:
+        """What multiplies all but the bias, (out,), where something does."""
+        return None
 
     @property
     def drops(self) -> bool:
@@ -218,14 +234,10 @@ class LoraLinear(nn.Module):
         return self.training and isinstance(self.dropout, nn.Dropout)
 
     def _fused(self, x: Tensor) -> Tensor:
+        """`forward` with a hand-written backward."""
         rows = x.reshape(-1, x.shape[-1])
-        y = self._fused_rows(rows, self.dropout(rows) if self.drops else None)
+        (y,) = low_rank_linear(rows, self.dropout(rows) if self.drops else None, [self.parts])
         return y.reshape(*x.shape[:-1], y.shape[-1])
-
-    def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
-        """`forward` with a hand-written backward, (n, in) -> (n, out); `dropped` is x behind an active dropout."""
-        (y,) = low_rank_linear(x, dropped, [self.parts])
-        return y
 
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha:g}"
@@ -253,15 +265,15 @@ class DoraLinear(LoraLinear):
     def row_norm(self) -> Tensor:
         """‖W + s·B·A‖ per row, (out,), without the sum: ‖w‖² + 2s·w·(BA) + s²‖BA‖², all r wide."""
         A, B = self.update
-        W = read_weight(self.base_layer)
+        W = self.base_weight()
         cross = ((W @ A.to(W.dtype).T).to(B.dtype) * B).sum(dim=1)
         square = ((B @ (A @ A.T)) * B).sum(dim=1)
         squared = self.base_norm_squared + 2 * self.scale * cross + self.scale**2 * square
         return squared.clamp_min(TINY).sqrt()
 
     def merged_weight(self) -> Tensor:
-        W = read_weight(self.base_layer)
-        V = W.to(factor_dtype(W)) + self.delta()
+        W = self.base_weight()
+        V = self.delta().add_(W)
         norm = V.square().sum(dim=1).clamp_min(TINY).sqrt()
         return (V * (self.lora_magnitude_vector / norm).unsqueeze(1)).to(W.dtype)
 
@@ -275,11 +287,6 @@ class DoraLinear(LoraLinear):
         gain = self.gain
         # y plus a difference that is exactly 0 at the start, so that step 0 is the base model bit for bit.
         return y + (gain - 1).to(y.dtype) * Wx + gain.to(y.dtype) * self._low_rank(x).to(y.dtype)
-
-    def _fused_rows(self, x: Tensor, dropped: Tensor | None) -> Tensor:
-        W, (A, B) = read_weight(self.base_layer), self.update
-        y: Tensor = GainedLowRankLinear.apply(x, dropped, W, self.bias, A, B, self.gain, self.scale)  # type: ignore[no-untyped-call]
-        return y
 
 
 class LoraEmbedding(LoraLinear):
@@ -325,7 +332,13 @@ class TrainedCopy(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        if hasattr(base_layer, "unshard"):  # FSDP2's, which hooks would be copied with
+            raise UsageError("embedding and head cannot be trained in full where they are dealt out: no --shard")
         self.trained = copy.deepcopy(base_layer)
+        for module in self.trained.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if hasattr(parameter, "full_tensor"):  # what is trained is whole in every process
+                    setattr(module, name, nn.Parameter(gathered(parameter.detach())))
         self.enabled = True
         self.base_layer.requires_grad_(False)
         self.trained.requires_grad_(True)

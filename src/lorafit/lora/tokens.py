@@ -160,6 +160,8 @@ def find_rows(
     known = [layer for layer in (embedding, None if tied(model) else head) if layer is not None]
     if embedding is None:
         raise UsageError(f"train_tokens: {type(model).__name__} does not say where its embedding is")
+    for layer in known:
+        _refuse_slices(layer)
     names = [next(name for name, module in modules.items() if module is layer) for layer in known]
     idle = [entry for entry in config.token_layers if not any(matches((entry,), name) for name in names)]
     if idle and (strict or len(idle) == len(config.token_layers)):
@@ -252,6 +254,8 @@ def enlarge(model: nn.Module, rows: int) -> bool:
         raise UsageError("this model carries an adapter: add the tokens before it is put in")
     made: dict[int, nn.Parameter] = {}
     for layer in (base_embedding(model), base_head(model)):
+        if layer is not None and len(layer.weight) < rows:
+            _refuse_slices(layer)
         for key, old in list(layer.named_parameters(recurse=False)) if layer is not None else ():
             if len(old) < rows:
                 made.setdefault(id(old), _longer(old, rows))
@@ -263,6 +267,11 @@ def enlarge(model: nn.Module, rows: int) -> bool:
         if hasattr(model, "vocab_size"):
             model.vocab_size = rows  # type: ignore[assignment]
     return bool(made)
+
+
+def _refuse_slices(layer: nn.Module) -> None:
+    if hasattr(layer.weight, "full_tensor"):
+        raise UsageError("rows of a matrix that is dealt out over processes are neither added nor trained: no --shard")
 
 
 def _longer(old: nn.Parameter, rows: int) -> nn.Parameter:

@@ -39,6 +39,17 @@ def is_readable(layer: nn.Module) -> bool:
     return read_weight.dispatch(type(layer)) is not read_weight.dispatch(object)
 
 
+def whole_weight(layer: nn.Module) -> Tensor:
+    """`read_weight`, put together where its slices lie in several processes: all of them have to ask for it at once."""
+    return gathered(read_weight(layer))
+
+
+def gathered(weight: Tensor) -> Tensor:
+    """`weight` itself, or all of it where every process has a slice."""
+    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole
+
+
 def _dense(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -52,6 +63,8 @@ def _dense(layer: nn.Module) -> Tensor:
 
 def _replace(layer: nn.Module, weight: Tensor) -> nn.Module:
     old = _dense(layer)
+    if hasattr(old, "full_tensor"):
+        raise ModelError("a base that is dealt out over processes is not merged into: save the adapter, and merge that")
     layer.weight = nn.Parameter(weight.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
     return layer
 

@@ -5,7 +5,7 @@ whatever transformers refuses after that arrives as one line. A model with a wei
 transformers would fill it with random numbers and go on.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,19 @@ import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from lorafit.adapter.fingerprint import remember_values
 from lorafit.adapter.peft_config import read_config
 from lorafit.adapter.peft_format import load_lora
 from lorafit.errors import DiskError, ModelError, UsageError, listing, nearest
 from lorafit.files import new_folder
 from lorafit.hub import adapter_folder, reason
 from lorafit.lora.tokens import enlarge
-from lorafit.model.storage import store
+from lorafit.model.storage import store, stored_while_loading
+from lorafit.training.sharding import check_processes
+from lorafit.training.sharding import shard as shard_base
 
 DTYPES = {str(t).partition(".")[2]: t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 
@@ -39,33 +42,68 @@ def load_model(
     storage: str = "dense",
     adapter: str | Path | None = None,
     force_base: bool = False,
+    shard: bool = False,
 ) -> tuple[nn.Module, Any]:
     """The causal LM `name` (hub name, folder or .gguf file) ready for inference, and its tokenizer.
 
     `storage` "int8" keeps its linear layers in 8 bits. `adapter`, a folder or owner/name on the hub, is loaded on top
-    as by `load_lora`, and its tokenizer taken if tokens were learned.
+    as by `load_lora`, and its tokenizer taken if tokens were learned. `shard` deals the base out over the processes of
+    torch.distributed, each of which reads its slices alone; all of them make this call.
     """
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
     where, options = _source(name, revision, trust_remote_code)
     found = None if adapter is None else adapter_folder(adapter)  # before the long wait for the model
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code, adapter=found)
+    if shard:
+        _refuse_shard(name, options, storage)
     if "gguf_file" in options:  # left packed, its layers would be no nn.Linear
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if place.type != "cpu":  # straight from the file to the accelerator
         options["device_map"] = {"": place}
-    with _explained(name, "model"):
+    loading = _dealt_out(place, options) if shard else stored_while_loading(storage)
+    with _explained(name, "model"), loading:
         model, report = AutoModelForCausalLM.from_pretrained(
             where, dtype=precision, output_loading_info=True, **options
         )
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{name}: {len(missing)} weights are missing from its files: {listing(missing)}")
+    if shard:
+        remember_values(model)
     store(model, storage)
     if found is not None:
         if _brings_tokens(found):
             enlarge(model, len(tokenizer))
         load_lora(model, found, trainable=False, force_base=force_base)
     return model.eval(), tokenizer
+
+
+def _refuse_shard(name: str | Path, options: Mapping[str, Any], storage: str) -> None:
+    """What the files or the storage have against being read in slices."""
+    check_processes()
+    if "gguf_file" in options:
+        raise ModelError(f"{name}: a GGUF file is read as a whole: shard needs the model's weights in safetensors")
+    if storage != "dense":
+        raise UsageError(f"storage '{storage}' is made of whole layers, and shard has slices: take one or the other")
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+        raise ModelError(f"shard needs transformers 5.23 or newer, not {transformers.__version__}")
+
+
+@contextmanager
+def _dealt_out(place: torch.device, options: dict[str, Any]) -> Iterator[None]:
+    """Inside the block transformers loads models that are dealt out over processes as `shard` does it.
+
+    It asks a method of the model how it is distributed, before a value is there, and then reads of each tensor the
+    slice that is asked for; renamed and joined tensors (experts) among them. Inside the block that method is ours.
+    """
+    from transformers.distributed import DistributedConfig
+
+    options["distributed_config"] = DistributedConfig()
+    PreTrainedModel.maybe_distribute_model = classmethod(lambda cls, model, config, mesh: shard_base(model, place))
+    try:
+        yield
+    finally:
+        del PreTrainedModel.maybe_distribute_model
 
 
 def load_tokenizer(
@@ -140,7 +178,7 @@ def model_folder(name: str | Path, *, revision: str | None = None) -> Path:
 def resolve_device(device: str | torch.device) -> torch.device:
     """`auto` is the first accelerator, else the CPU; a device this machine lacks is refused."""
     if device == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

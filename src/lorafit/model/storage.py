@@ -1,8 +1,17 @@
-"""How the frozen linear layers of a loaded model are stored: a registry of functions that change it in place."""
+"""How the frozen linear layers of a model are stored: a registry of functions that change it in place.
 
-from collections.abc import Callable
+What is changed layer by layer is changed while the model is loaded, so that it never lies there densely.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 from torch import nn
+from transformers import core_model_loading
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.errors import ModelError, UsageError, nearest
@@ -13,12 +22,41 @@ from lorafit.lora.weights import read_weight, write_weight
 
 def store(model: nn.Module, storage: str) -> nn.Module:
     """Make `storage` (a name in `STORAGES`) how the linear layers of `model` are kept. Returns it."""
-    if storage not in STORAGES:
-        raise UsageError(f"unknown storage '{storage}'{nearest(storage, STORAGES)}: use {', '.join(STORAGES)}")
+    _check(storage)
     if attached(model) is not None:
         raise UsageError("this model carries an adapter already: choose the storage before it is put in")
     STORAGES[storage](model)
     return model
+
+
+@contextmanager
+def stored_while_loading(storage: str) -> Iterator[None]:
+    """Inside the block transformers reads one tensor after the other, and a layer is changed when its weight is there.
+
+    `store` has to follow: what the loader puts in its place afterwards (tied layers), and all of it if this version of
+    transformers has no such place, is changed then.
+    """
+    _check(storage)
+    put = getattr(core_model_loading, "set_param_for_module", None)
+    if storage not in LAYERS or put is None:
+        yield
+        return
+
+    def put_and_store(model: nn.Module, target: str, *values: Any) -> None:
+        put(model, target, *values)
+        name, _, key = target.rpartition(".")
+        layer = model.get_submodule(name)
+        tied: Any = getattr(model, "all_tied_weights_keys", {})
+        if key == "weight" and _is_stored(model, layer) and target not in (*tied, *tied.values()):
+            model.set_submodule(name, _replaced(layer, storage))
+            _give_back()
+
+    # Threads that read ahead would hold the whole model densely.
+    with (
+        patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1"),
+        patch.object(core_model_loading, "set_param_for_module", put_and_store),
+    ):
+        yield
 
 
 def to_int8(model: nn.Module) -> None:
@@ -26,12 +64,11 @@ def to_int8(model: nn.Module) -> None:
 
     Subclasses, which may compute something else, are left alone; ModelError if there is nothing but these.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    layers = {n: m for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D) and m is not head}
-    if not layers:
+    for name, layer in list(model.named_modules()):
+        if _is_stored(model, layer):
+            model.set_submodule(name, _replaced(layer, "int8"))
+    if not any(isinstance(module, Int8Linear) for module in model.modules()):
         raise ModelError(f"this {type(model).__name__} has no plain linear layers to keep in 8 bits: use storage dense")
-    for name, layer in layers.items():
-        model.set_submodule(name, Int8Linear(layer).train(layer.training))
 
 
 def to_dense(model: nn.Module) -> None:
@@ -41,4 +78,28 @@ def to_dense(model: nn.Module) -> None:
             model.set_submodule(name, write_weight(layer, read_weight(layer)).train(layer.training))
 
 
+def _is_stored(model: nn.Module, layer: nn.Module) -> bool:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return type(layer) in (nn.Linear, Conv1D) and layer is not head
+
+
+def _replaced(layer: Any, storage: str) -> nn.Module:
+    made = LAYERS[storage](layer).train(layer.training)
+    made._is_hf_initialized = True  # type: ignore[assignment]  # else the loader would look for something to initialise
+    return made
+
+
+def _give_back() -> None:
+    """Have glibc return what was freed: the holes that dense layers leave among narrow ones seldom fit the next one."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
+def _check(storage: str) -> None:
+    if storage not in STORAGES:
+        raise UsageError(f"unknown storage '{storage}'{nearest(storage, STORAGES)}: use {', '.join(STORAGES)}")
+
+
+LAYERS: dict[str, Callable[[Any], nn.Module]] = {"int8": Int8Linear}
+"""Storages that take a linear layer and give another in its place."""
 STORAGES: dict[str, Callable[[nn.Module], None]] = {"dense": to_dense, "int8": to_int8}

@@ -21,8 +21,9 @@ from lorafit.errors import UsageError, said_of
 from lorafit.lora.inits import Init, Moments, Pair, Statistic, factor_dtype, find_init
 from lorafit.lora.inject import Target, attached, find_targets
 from lorafit.lora.layers import scale_of
-from lorafit.lora.weights import read_weight
+from lorafit.lora.weights import read_weight, whole_weight
 from lorafit.training.attention import row_attention
+from lorafit.training.distributed import smallest
 from lorafit.training.loop import plan_passes
 from lorafit.training.memory import free_memory
 from lorafit.training.modes import evaluating
@@ -71,7 +72,7 @@ def calibrate(
     with _frozen(model), evaluating(model):
         for target, statistic in _statistics(model, config, init, targets, batches, on_progress, on_note):
             most = max(target.r, min(round(rho * target.r), *target.shape))
-            W, s = read_weight(model.get_submodule(target.name)), scale_of(target.r, target.alpha, config.rslora)
+            W, s = whole_weight(model.get_submodule(target.name)), scale_of(target.r, target.alpha, config.rslora)
             with said_of(target.name):
                 starts[target.name] = init(W, most, s, statistic)
             if init.shares is not None:
@@ -122,7 +123,10 @@ def _statistics(
     """What `init` wants to know of each layer, for as many layers at a time as fit into memory."""
     assert init.statistic is not None
     passes = plan_passes(model, batches, on_note)
-    groups = list(_groups(targets, init.statistic, free_memory(next(model.parameters()).device)))
+    free = free_memory(next(model.parameters()).device)
+    if passes.sharded and free is not None:  # all processes see the same rows in the same passes
+        free = int(smallest(free)[0])
+    groups = list(_groups(targets, init.statistic, free))
     if len(groups) > 1:
         on_note(f"init '{init.name}': the sums of all layers do not fit into memory: the rows run {len(groups)} times")
     rows = min(config.init_rows, len(batches.examples))

@@ -7,6 +7,8 @@ folder/step-00000120/manifest.json         sizes and sha256; the versions and th
 Each state is written whole under a new name (`files.py`); the last few are kept. A run goes on from the newest one in
 which every bit is as it was written. It ends in the same bits where versions, processor, threads, dtype and device
 are the same; elsewhere one line says so.
+
+Of several processes number 0 reads and writes; the others take up what it has, and all prove that they hold the same.
 """
 
 import hashlib
@@ -15,8 +17,8 @@ import platform
 import re
 import time
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +31,7 @@ from torch import nn
 from lorafit.adapter.fingerprint import base_fingerprint, other_base
 from lorafit.config import as_dict
 from lorafit.data.batches import Batches
-from lorafit.errors import CheckpointError, Interrupted, listing
+from lorafit.errors import CheckpointError, Interrupted, ProcessError, UsageError, listing
 from lorafit.files import (
     MANIFEST,
     damaged,
@@ -41,10 +43,11 @@ from lorafit.files import (
     write_text,
 )
 from lorafit.lora.inject import adapted_layers, attached
+from lorafit.training.distributed import broadcast, exchange, together
 from lorafit.training.run import Record, Run, check_finite
 
 TENSORS, RUN = "tensors.safetensors", "run.json"
-FREE = ("save_every", "keep_checkpoints", "max_bad_steps", "checkpointing")
+FREE = ("save_every", "keep_checkpoints", "max_bad_steps", "checkpointing", "shard")
 """Settings that may change when a run goes on: they do not change what comes out."""
 
 
@@ -54,7 +57,7 @@ class Checkpoints:
     def __init__(
         self, run: Run, folder: str | Path | None, evaluation: Batches | None, on_note: Callable[[str], None]
     ) -> None:
-        self.run, self.on_note = run, on_note
+        self.run, self.on_note, self.here = run, on_note, run.passes.world
         self.folder = None if folder is None else Path(folder)
         self.evaluation = evaluation
         self.saved: int | None = None
@@ -62,7 +65,16 @@ class Checkpoints:
 
     def take_up(self, resume: bool) -> None:
         """Go on from the newest whole state if `resume`, and see that there is room for the next ones."""
-        if self.folder is None:
+        if self.here.size > 1:
+            prove_alike(settings(self.run, self.evaluation) | {"base model": self._base()})
+        with together(self.here):
+            self._open(resume)
+        if self.here.size > 1:
+            share(self.run)
+            prove_alike({"adapter": digest(self.run)})
+
+    def _open(self, resume: bool) -> None:
+        if self.folder is None or not self.here.is_main:
             return
         if not resume and state_folders(self.folder):
             raise CheckpointError(f"{self.folder} holds an unfinished run: resume it, or choose another folder")
@@ -78,35 +90,40 @@ class Checkpoints:
 
     @contextmanager
     def kept_when_stopped(self) -> Iterator[None]:
-        """Save the last whole step when the run is stopped inside."""
+        """Save the last whole step when the run is stopped inside, or another process of it is lost."""
         try:
             yield
-        except Interrupted as stopped:
-            self.save()
+        except (Interrupted, ProcessError) as stopped:
+            with together(self.here) if isinstance(stopped, Interrupted) else nullcontext():
+                self.save()
             kept = f"saved in {self.folder}" if self.folder else "nothing was saved"
-            raise Interrupted(f"{stopped} after {self.run.taken} of {self.run.steps} steps; {kept}") from None
+            raise type(stopped)(f"{stopped} after {self.run.taken} of {self.run.steps} steps; {kept}") from None
 
     def at_the_end(self) -> None:
         """Save the last state, so that what comes after training can be done again."""
-        self.save()
+        with together(self.here):
+            self.save()
 
     def save(self) -> None:
         """Write the state of the run as a new folder, and let go of the oldest."""
-        if self.folder is None or self.saved == self.run.taken:
+        if self.folder is None or not self.here.is_main or self.saved == self.run.taken:
             return
         tensors, facts = self.run.state()
         check_finite(tensors, self.run.taken)
         target = self.folder / f"step-{self.run.taken:08}"
         if target.exists():  # a damaged one: whole ones are gone on from
             remove_folder(target)
-        with new_folder(target, about=environment(self.run.model)) as folder:
+        with new_folder(target, about=environment(self.run)) as folder:
             write_tensors(folder / TENSORS, tensors)
             facts["settings"] = settings(self.run, self.evaluation)
-            facts["base"] = base_fingerprint(self.run.model, _adapted_layers(self.run.model))
+            facts["base"] = self._base()
             write_text(folder / RUN, json.dumps(facts, allow_nan=False))
         self.saved, self.last = self.run.taken, time.monotonic()
         for old in state_folders(self.folder)[: -self.run.config.keep_checkpoints]:
             remove_folder(old)
+
+    def _base(self) -> dict[str, Any]:
+        return base_fingerprint(self.run.model, _adapted_layers(self.run.model))
 
     def _restore(self, path: Path) -> None:
         facts = json.loads((path / RUN).read_bytes())
@@ -118,13 +135,45 @@ class Checkpoints:
             )
         if difference := other_base(facts.pop("base"), self.run.model, _adapted_layers(self.run.model)):
             raise CheckpointError(f"{path}: this run was begun on another base model ({difference})")
-        about, here = read_manifest(path) or {}, environment(self.run.model)
+        about, here = {"processes": 1, **(read_manifest(path) or {})}, environment(self.run)
         moved = [f"{name} {about.get(name)}, here {here[name]}" for name in here if about.get(name) != here[name]]
         if moved:
             self.on_note(f"{path} was written with {listing(moved, 4)}: the run goes on, equal to rounding")
         self.run.restore(load_file(path / TENSORS), facts)
         self.saved = self.run.taken
         self.on_note(f"going on after step {self.run.taken} of {self.run.steps}, from {path}")
+
+
+def prove_alike(facts: Mapping[str, Any]) -> None:
+    """UsageError, the same on every process, if one of them has other `facts` than process 0."""
+    first, *others = exchange(facts)
+    for rank, found in enumerate(others, start=1):
+        if names := sorted(name for name in first | found if first.get(name) != found.get(name)):
+            raise UsageError(
+                f"process {rank} differs from process 0 in {listing(names)}: "
+                "start all of them with the same model, data and settings"
+            )
+
+
+def share(run: Run) -> None:
+    """Every process takes up the state of process 0: its adapter, and all that it went on with."""
+    tensors, facts = run.state() if run.passes.world.is_main else ({}, {})
+    forms = [(name, str(tensor.dtype).removeprefix("torch."), tensor.shape) for name, tensor in tensors.items()]
+    (facts, forms), *_ = exchange((facts, forms))
+    if not run.passes.world.is_main:
+        tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in forms}
+    broadcast(tensors.values())
+    if not run.passes.world.is_main:
+        run.restore(tensors, facts)
+
+
+def digest(run: Run) -> str:
+    """A hash of everything that training changes, bit for bit."""
+    found = hashlib.sha256()
+    for name, tensor in run.trained():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def state_folders(folder: Path) -> list[Path]:
@@ -187,9 +236,9 @@ def _digest_rows(batches: Batches) -> str:
     return f"{len(batches.examples)} rows, {digest.hexdigest()[:16]}"
 
 
-def environment(model: nn.Module) -> dict[str, Any]:
+def environment(run: Run) -> dict[str, Any]:
     """What the last bits of a result depend on beside the settings."""
-    parameter = next(model.parameters())
+    parameter = next(run.model.parameters())
     on_gpu = parameter.device.type == "cuda"
     return {
         **_versions(),
@@ -198,6 +247,7 @@ def environment(model: nn.Module) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(parameter.device) if on_gpu else parameter.device.type,
         "dtype": str(parameter.dtype).removeprefix("torch."),
+        "processes": run.passes.world.size,
     }
 
 

@@ -15,20 +15,23 @@ import torch
 from torch import nn
 
 from lorafit.config import TrainConfig
-from lorafit.data.batches import Batch, Batches
-from lorafit.errors import NumericError, listing
+from lorafit.data.batches import Batches
+from lorafit.errors import NumericError, UsageError, listing
 from lorafit.lora.inject import wrappers
 from lorafit.lora.layers import LoraLinear
 from lorafit.training.attention import packs_exactly, row_attention
 from lorafit.training.backoff import PassLimit
 from lorafit.training.checkpoint import Checkpoints
+from lorafit.training.distributed import all_reduce, smallest, together, world
 from lorafit.training.loss import find_head
 from lorafit.training.memory import automatic_limit
 from lorafit.training.modes import evaluating
 from lorafit.training.neftune import noisy
 from lorafit.training.optim import lr_at, make_optimizer
 from lorafit.training.run import Passes, Record, Result, Run, Stop, heed
+from lorafit.training.sharding import is_sharded
 from lorafit.training.ways import as_asked
+from lorafit.world import ALONE, World
 
 Note = Callable[[str], None]
 
@@ -47,6 +50,9 @@ def train(
 ) -> Result:
     """Train everything in `model` that requires gradients (after `add_lora`: the adapter) on `batches`.
 
+    Where `torch.distributed` is initialised, the processes share the rows of each step, and of `evaluation`, and end
+    with the same adapter; process 0 alone reads and writes `checkpoints`, and its adapter is the one that is trained.
+
     `evaluation` is looked at every `eval_every` steps. `checkpoints` is a folder to keep the last few states of the
     run in; `resume` is such a folder too, and the run goes on from the newest whole state in it, to the same bits as
     if it had never been cut off (or begins, if there is none). `on_step` gets each step's record, `on_note` a
@@ -59,6 +65,7 @@ def train(
     """
     config = config or TrainConfig()
     run = begin(model, batches, config, on_note)
+    stop = run.passes.asking(stop)
     saves = Checkpoints(run, resume or checkpoints, evaluation, on_note)
     saves.take_up(resume is not None)
     with _training(run, on_note), saves.kept_when_stopped():
@@ -86,23 +93,23 @@ def _in_smaller_passes(take: Callable[..., Record]) -> Callable[..., Record]:
 @_in_smaller_passes
 def take_step(run: Run, *, stop: Stop = lambda: None, on_note: Note = lambda sentence: None) -> Record:
     """One optimizer step: forward and backward over its window, clip, update. Returns its record."""
-    began = time.perf_counter()
-    device = next(run.model.parameters()).device
-    window = run.passes.window(run.batches, run.step)
-    tokens = sum(batch.targets.numel() for batch in window)
+    began, model = time.perf_counter(), run.model
+    tokens = run.batches.tokens(run.step)
     total = torch.zeros((), dtype=torch.float64)
     run.gradients.begin()
-    for number, batch in enumerate(window):
-        heed(stop)
-        torch.manual_seed(hash((run.config.seed, run.step, number)) % 2**63)  # dropout and noise depend on nothing else
-        with run.passes.limit.fits(batch), row_attention(run.model, batch), noisy(run.model, batch, run.config.neftune):
-            loss = run.passes.loss(run.model, batch.to(device), max(tokens, 1))
-            loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach().cpu()
+    with together(run.passes.world, total):
+        for number, batch in enumerate(run.passes.window(run.batches, run.step)):
+            heed(stop)
+            torch.manual_seed(run.passes.seed(number, run.config.seed, run.step))  # dropout and noise need no more
+            with run.passes.limit.fits(batch), row_attention(model, batch), noisy(model, batch, run.config.neftune):
+                loss = run.passes.loss(model, batch.to(run.device), max(tokens, 1))
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach().cpu()
+    all_reduce(run.gradients.buffers)
     lr, norm = lr_at(run.step, run.steps, run.config), run.gradients.clip(run.config.max_grad_norm)
     finite = math.isfinite(total) and math.isfinite(norm)
     if not finite:
-        _refuse(run, window, total.item(), norm, on_note)
+        _refuse(run, total.item(), norm, on_note)
     elif tokens:  # a step without supervised tokens must not move anything: AdamW's momentum would
         run.bad = 0
         for group in run.optimizer.param_groups:
@@ -116,7 +123,7 @@ def take_step(run: Run, *, stop: Stop = lambda: None, on_note: Note = lambda sen
         "lr": lr,
         "tokens": tokens,
         "tokens_per_second": tokens / (time.perf_counter() - began),
-        "memory_mb": memory_mb(device),
+        "memory_mb": memory_mb(run.device),
     }
 
 
@@ -136,31 +143,45 @@ def evaluate(
 @torch.no_grad()
 def _try_evaluation(model: nn.Module, batches: Batches, passes: Passes, stop: Stop) -> float:
     device = next(model.parameters()).device
-    total, tokens = 0.0, 0
-    with evaluating(model):
+    total, tokens = torch.zeros(2, dtype=torch.float64)
+    with evaluating(model), together(passes.world, total, tokens):
         for step in range(batches.steps_per_epoch):
             for batch in passes.window(batches, step):
                 heed(stop)
                 with passes.limit.fits(batch), row_attention(model, batch):
                     total += passes.loss(model, batch.to(device), 1).item()
                 tokens += batch.targets.numel()
-    return total / max(tokens, 1)
+    return float(total / tokens.clamp(min=1))
 
 
 def begin(model: nn.Module, batches: Batches, config: TrainConfig, on_note: Note = lambda sentence: None) -> Run:
     """A run before its first step."""
-    passes = plan_passes(model, batches, on_note, config.checkpointing)
+    if config.shard and not is_sharded(model):
+        raise UsageError("shard: this model was loaded whole: load_model(…, shard=True), in every process")
+    passes = plan_passes(model, batches, on_note, config.checkpointing, world())
     return Run(model, batches, config, passes, make_optimizer(model, config), count_steps(config, batches))
 
 
 def plan_passes(
-    model: nn.Module, batches: Batches, on_note: Note = lambda sentence: None, checkpointing: bool = False
+    model: nn.Module,
+    batches: Batches,
+    on_note: Note = lambda sentence: None,
+    checkpointing: bool = False,
+    here: World = ALONE,
 ) -> Passes:
-    """Try once how this model can be run; `on_note` hears of it when rows have to be padded."""
+    """Try once how this model can be run; `on_note` hears of it when rows have to be padded.
+
+    Of several processes all come here, each as `here`, and run it in the same way.
+    """
     packed = batches.packing and packs_exactly(model)
+    limit = automatic_limit(model, batches, checkpointing, here.local_size)
+    sharded = is_sharded(model)
+    if here.size > 1 or sharded:
+        packs, fits = smallest(packed, limit or math.inf)
+        packed, limit = bool(packs), int(fits) if math.isfinite(fits) else None
     if batches.packing and not packed:
         on_note(f"{type(model).__name__} does not keep packed rows apart: rows are padded instead")
-    return Passes(packed, find_head(model), PassLimit(automatic_limit(model, batches, checkpointing)))
+    return Passes(packed, find_head(model), PassLimit(limit, sharded=sharded), here, sharded)
 
 
 def count_steps(config: TrainConfig, batches: Batches) -> int:
@@ -169,10 +190,10 @@ def count_steps(config: TrainConfig, batches: Batches) -> int:
     return max(1, steps)
 
 
-def _refuse(run: Run, window: list[Batch], loss: float, norm: float, on_note: Note) -> None:
+def _refuse(run: Run, loss: float, norm: float, on_note: Note) -> None:
     """A step that must not be taken: say which rows it was made of, and stop when there are too many of them."""
     run.bad += 1
-    rows = listing(source for batch in window for source in batch.sources)
+    rows = listing(row.source for row in run.batches.rows(run.step))
     said = f"step {run.step}: loss {loss:.4g}, gradient norm {norm:.4g}: not taken; its rows: {rows}"
     if run.bad >= min(run.config.max_bad_steps, run.steps):
         raise NumericError(f"{said}; the {run.bad}. such step in a row; lower lr, or look for broken rows or weights")

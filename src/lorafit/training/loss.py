@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lorafit.data.batches import Batch
 from lorafit.training.modes import evaluating
+from lorafit.training.sharding import whole
 
 TILE = 4096
 """Words of the vocabulary whose logits are in memory at a time."""
@@ -45,7 +46,7 @@ def summed_loss(model: nn.Module, batch: Batch, head: Head | None) -> Tensor:
     else:
         states = head.decoder(**batch.inputs(), use_cache=False).last_hidden_state
         hidden = states.flatten(0, 1)[batch.predict]  # (n, h)
-        if _is_frozen_matrix(head.output):
+        if is_frozen_matrix(head.output):
             return linear_cross_entropy(hidden, head, batch.targets)
         logits = head.logits(hidden)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch.targets, reduction="sum")
@@ -53,8 +54,9 @@ def summed_loss(model: nn.Module, batch: Batch, head: Head | None) -> Tensor:
 
 def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     """`LinearCrossEntropy` of hidden states (n, h) under a frozen `head`."""
-    weight, bias = head.output.weight, head.output.bias
-    loss: Tensor = LinearCrossEntropy.apply(hidden, weight, bias, targets, head.scale, head.cap)  # type: ignore[no-untyped-call]
+    with whole(head.output):
+        weight, bias = head.output.weight, head.output.bias
+        loss: Tensor = LinearCrossEntropy.apply(hidden, weight, bias, targets, head.scale, head.cap)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -161,9 +163,12 @@ def _caps(config: Any) -> list[float | None]:
     return [float(cap), None] if cap else [None]
 
 
-def _is_frozen_matrix(layer: nn.Module) -> bool:
-    hooks = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) is nn.Linear and not hooks and not any(p.requires_grad for p in layer.parameters())
+def is_frozen_matrix(layer: nn.Module) -> bool:
+    """Whether `layer` can be the head that is walked in tiles; the logits of any other one are made whole."""
+    kind, hooks = type(layer), len(layer._forward_hooks) + len(layer._forward_pre_hooks)
+    if hasattr(layer, "unshard"):  # dealt out over processes: FSDP2 put a class in front of its own, and a hook of each
+        kind, hooks = kind.__mro__[2], hooks - 2
+    return kind is nn.Linear and not hooks and not any(p.requires_grad for p in layer.parameters())
 
 
 def _selected_logits(model: nn.Module, batch: Batch) -> Tensor:

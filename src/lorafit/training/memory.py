@@ -18,11 +18,12 @@ from lorafit.data.batches import Batches
 from lorafit.lora.inject import plain_modules
 from lorafit.lora.weights import is_readable
 from lorafit.training.blocks import find_blocks
-from lorafit.training.loss import TILE
+from lorafit.training.loss import TILE, is_frozen_matrix
 
 FP32_SHARE = 0.6
 FP32_WITH_ADAMW = 4 * 4  # bytes of a weight, its gradient and two moments
 LOGIT = 6  # bytes of a logit in the tile under way: fp32, and in the base's precision before that
+WHOLE_LOGIT = 12  # where all are made at once: the log-probability that is kept, and two gradients on their way back
 USED = 0.8
 """The share of the free memory that is planned with: the estimate is no measurement, and allocators leave gaps."""
 CGROUPS = Path("/sys/fs/cgroup")
@@ -47,7 +48,11 @@ class Need:
 
 
 def need(model: nn.Module, checkpointing: bool = False) -> Need:
-    """For `model`, which carries its adapter; reads no weight."""
+    """For `model`, which carries its adapter; reads no weight.
+
+    The head is taken for one that is walked in tiles if it is a frozen matrix. Whether the loss can use it so is tried
+    at the start of training only (`find_head`); for a model where it cannot, `logits` is too small.
+    """
     frozen = [p for p in model.parameters() if not p.requires_grad]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -63,16 +68,24 @@ def need(model: nn.Module, checkpointing: bool = False) -> Need:
     token = width * (precision + FP32_SHARE)
     if checkpointing:  # the input of each block, and all of the one that is computed again
         token = token / blocks + blocks * (getattr(config, "hidden_size", None) or 1) * precision
-    return Need(sum(p.nbytes for p in frozen), trained * FP32_WITH_ADAMW, token, LOGIT * min(TILE, config.vocab_size))
+    tiled = isinstance(head, nn.Module) and is_frozen_matrix(head)
+    logits = LOGIT * min(TILE, config.vocab_size) if tiled else WHOLE_LOGIT * config.vocab_size
+    return Need(sum(p.nbytes for p in frozen), trained * FP32_WITH_ADAMW, token, logits)
 
 
-def automatic_limit(model: nn.Module, batches: Batches, checkpointing: bool = False) -> int | None:
-    """How many tokens a pass may hold so that it fits into what is free; None: asked for already, or not known."""
+def automatic_limit(
+    model: nn.Module, batches: Batches, checkpointing: bool = False, processes: int = 1
+) -> int | None:
+    """How many tokens a pass may hold so that it fits into what is free; None: asked for already, or not known.
+
+    `processes` of this machine share its memory; a GPU is one's own.
+    """
     device = next(model.parameters()).device
     free = None if batches.max_tokens_per_pack is not None else free_memory(device)
     if free is None:
         return None
     what = need(model, checkpointing)
+    free = free // processes if device.type == "cpu" else free
     # The adapter's weights are there already, its gradients and moments are still to come.
     return what.tokens(USED * (free - what.adapter * 3 / 4))
 

@@ -7,6 +7,7 @@ far, and the records. `Run.state` takes it out as tensors and JSON, `Run.restore
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from lorafit.lora.inject import wrappers
 from lorafit.training.backoff import PassLimit
 from lorafit.training.gradients import FlatGradients
 from lorafit.training.loss import Head, summed_loss
+from lorafit.training.sharding import anyone, evened
+from lorafit.world import ALONE, World
 
 Record = dict[str, Any]
 Stop = Callable[[], str | None]
@@ -69,15 +72,28 @@ class Result:
 
 @dataclass(frozen=True)
 class Passes:
-    """How this model is run: whether rows can be packed exactly, where its head is, and what fits into memory."""
+    """How this model is run: whether rows can be packed exactly, where its head is, what fits into memory, and whose
+    share of the rows it is shown."""
 
     packed: bool
     head: Head | None
     limit: PassLimit = field(default_factory=PassLimit, compare=False)
+    world: World = ALONE
+    sharded: bool = False
 
     def window(self, batches: Batches, step: int) -> list[Batch]:
-        """The forward passes of step `step`."""
-        return batches.window(step, packed=self.packed, limit=self.limit.tokens)
+        """The forward passes of step `step` that are this process's; as many as the others have, where all take part
+        in each."""
+        window = batches.window(step, packed=self.packed, limit=self.limit.tokens, world=self.world)
+        return evened(window, self.packed) if self.sharded else window
+
+    def asking(self, stop: Stop) -> Stop:
+        """`stop`, asked of all processes at once where all take part in each pass."""
+        return partial(anyone, stop) if self.sharded else stop
+
+    def seed(self, number: int, *where: int) -> int:
+        """The seed of this process's pass `number` of a step: no other pass, of no process, draws the same."""
+        return hash((*where, number * self.world.size + self.world.rank)) % 2**63
 
     def loss(self, model: nn.Module, batch: Batch, divide_by: int) -> Tensor:
         return summed_loss(model, batch, self.head) / divide_by
@@ -112,6 +128,11 @@ class Run:
 
     def __post_init__(self) -> None:
         self.gradients = FlatGradients(p for group in self.optimizer.param_groups for p in group["params"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter is, and its input goes."""
+        return next(self.model.parameters()).device
 
     @property
     def taken(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.lora.fused import low_rank_linear
-from lorafit.lora.layers import LoraLinear
+from lorafit.lora.layers import DoraLinear, LoraLinear
 from lorafit.training.attention import probe
 from lorafit.training.blocks import Forward, replaced
 
@@ -31,7 +31,7 @@ def inputs_shared(model: nn.Module, packed: bool) -> Iterator[None]:
 
 
 def find_groups(model: nn.Module, packed: bool) -> list[list[LoraLinear]]:
-    """Plain LoRA layers that a pass hands the same tensor, in the order in which they are called."""
+    """LoRA and DoRA layers that a pass hands the same tensor, in the order in which they are called."""
     calls: list[tuple[Tensor, LoraLinear]] = []  # holds every tensor, so that no two of them can have one id
 
     def noted(layer: LoraLinear, forward: Forward) -> Forward:
@@ -43,7 +43,9 @@ def find_groups(model: nn.Module, packed: bool) -> list[list[LoraLinear]]:
 
     with ExitStack() as stack:
         for layer in model.modules():
-            if type(layer) is LoraLinear and "forward" not in vars(layer):  # else something else is done with its input
+            if not isinstance(layer, LoraLinear) or type(layer) not in (LoraLinear, DoraLinear):
+                continue  # something else may be done with its input
+            if "forward" not in vars(layer):
                 stack.enter_context(replaced([layer], partial(noted, layer)))
         probe(model, packed)
     times = Counter(layer for _, layer in calls)
@@ -84,5 +86,5 @@ class _Group:
         """What results depend on beside the tensors' identity; None if the layers cannot be computed together."""
         if x.is_inference() or not all(layer.enabled and not layer.drops and layer._plain(x) for layer in self.layers):
             return None
-        factors = (factor for layer in self.layers for factor in layer.factors)
-        return (torch.is_grad_enabled(), x._version, *(factor._version for factor in factors))
+        trained = (parameter for layer in self.layers for parameter in layer.parameters())
+        return (torch.is_grad_enabled(), x._version, *(parameter._version for parameter in trained))
