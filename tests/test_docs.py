@@ -249,7 +249,7 @@ def test_the_readmes_figures_are_those_that_were_measured() -> None:
 
 
 def test_the_files_beside_data_md_are_read(workplace: Path) -> None:
-    """Each is linked and becomes examples; the rows on the page are in them; alpaca is the same in each kind of file."""
+    """Each is linked and becomes examples; the rows on the page are in them; alpaca is one in all kinds of file."""
     from lorafit import load_model, read_examples
 
     page = ROOT / "docs" / "data.md"
