@@ -281,7 +281,7 @@ def test_a_flag_is_read_as_its_type(line: str, name: str, value: Any) -> None:
     assert resolved(line)[name] == value
 
 
-LINKED = ("init", "init_rho", "token_layers", "lora_plus_ratio")  # not every value fits those of others
+LINKED = ("init", "init_rho", "token_layers", "lora_plus_ratio", "compile")  # not every value fits those of others
 
 
 def a_config(cls: Any) -> st.SearchStrategy[Any]:

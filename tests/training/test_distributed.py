@@ -75,6 +75,9 @@ def all_cases() -> dict[str, Any]:
         return found | {"fp32": case("packed", torch.float32)}
 
 
+SIZES = [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))]
+
+
 @cache
 def by_processes(size: int) -> list[dict[str, Any]]:
     found = run(size, all_cases)
@@ -88,7 +91,7 @@ def by_one(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_several_processes_are_one_run(name: str, size: int) -> None:
     one = by_one(name)
     for several in (found[name] for found in by_processes(size)):
@@ -100,13 +103,13 @@ def test_several_processes_are_one_run(name: str, size: int) -> None:
             assert abs(several["adapter"][tensor] - values).max() < 1e-9, tensor
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_in_fp32_the_loss_is_the_same_to_rounding(size: int) -> None:
     for found in by_processes(size):
         assert found["fp32"]["losses"] == pytest.approx(by_one("fp32")["losses"], rel=1e-6)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_all_processes_end_with_the_same_bits(size: int) -> None:
     first, *others = by_processes(size)
     for other in others:

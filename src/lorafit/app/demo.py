@@ -38,21 +38,21 @@ LORA = LoraConfig(r=16, alpha=32)
 LR = 1e-3
 LONGEST = 64  # tokens of an answer; an order takes about 50
 TOGETHER = 50  # rows answered at once
-SHOWN = 3  # held-out rows whose answers are kept for `lorafit report`
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many rows there are of each kind, and how long an answer may be in tokens."""
+    """How many rows there are of each kind, how long an answer may be in tokens, and how many a report shows."""
 
     train: int
     held_out: int
     new_patterns: int
     longest: int
+    shown: int
 
 
-FULL = Size(train=320, held_out=100, new_patterns=50, longest=LONGEST)
-QUICK = Size(train=8, held_out=2, new_patterns=0, longest=24)
+FULL = Size(train=320, held_out=100, new_patterns=50, longest=LONGEST, shown=2)
+QUICK = Size(train=8, held_out=2, new_patterns=0, longest=12, shown=1)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def main(quick: bool = False, seed: int = 0, out: Path = Path("lorafit-demo")) -
         scores["adapter, new patterns"] = score(console, model, tokenizer, new_patterns, OPENING, "new patterns")
 
     asked = read_examples(str(out / "rows" / "held_out.jsonl"), tokenizer)
-    noted = about(model, tokenizer, plan, examples, asked, settings=settings, count=SHOWN, tokens=size.longest)
+    noted = about(model, tokenizer, plan, examples, asked, settings=settings, count=size.shown, tokens=size.longest)
     measured = {name: f"{s.exact} of {s.rows} exactly right, loss {s.loss:.4f}" for name, s in scores.items()}
     write_json(out / runs.ABOUT, noted | {"measured": measured})
     console.print(table(scores, size, quick))

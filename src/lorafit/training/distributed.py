@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
@@ -82,7 +82,18 @@ def started(device: torch.device) -> Iterator[World]:
     except RuntimeError as error:
         raise ProcessError(f"process {here.rank} of {here.size} does not reach the others: {_line(error)}") from error
     yield world()
+    _leave(world())
     dist.destroy_process_group()  # not behind an error: it may wait for processes that do not come any more
+
+
+def _leave(here: World) -> None:
+    """Process 0, which may be the one that keeps the store, goes last: the others may still be reading from it."""
+    store, gone = _linked().store, [f"lorafit/gone/{rank}" for rank in range(1, here.size)]
+    if not here.is_main:
+        store.set(gone[here.rank - 1], "")
+    elif gone:
+        with suppress(RuntimeError):  # of a process that has died meanwhile nobody has to be told any more
+            store.wait(gone, timedelta(minutes=1))
 
 
 def all_reduce(tensors: Iterable[Tensor]) -> None:
