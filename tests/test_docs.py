@@ -2,7 +2,7 @@
 
 ```python   is run, in a folder that holds a model under the name it has on the hub, and rows
 ```console  is run line by line (`$ command`), and prints and returns what stands there
-```sh       is read: each `lorafit …` has a verb, flags and values that there are; so has each `lorafit …` in the text
+```sh       is read: each `lorafit …` has a verb, flags and values that there are; so has each one in the text
 ```json     is a row of a data file, or another text in JSON
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -75,8 +76,12 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 @pytest.mark.parametrize("page", pages("```python"))
 def test_python_blocks_run(page: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for block in blocks(page, "python"):
-        exec(compile(block, str(page), "exec"), {})
+    from lorafit import INITS, VARIANTS
+    from lorafit.app.trackers import TRACKERS
+
+    with patch.dict(INITS), patch.dict(VARIANTS), patch.dict(TRACKERS):  # what a page registers goes with it
+        for block in blocks(page, "python"):
+            exec(compile(block, str(page), "exec"), {})
     if page == README:
         assert "loss per epoch" in capsys.readouterr().out
         assert (workplace / "adapter" / "adapter_model.safetensors").is_file()
@@ -130,6 +135,8 @@ def test_commands_are_understood(page: Path) -> None:
     lines += re.findall(r"`(lorafit \w[^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     for line in lines:
         words = [word for word in shlex.split(line, comments=True) if word != "…"]
+        if words[:1] == ["torchrun"]:
+            words = words[words.index("lorafit") :]
         if words[:1] == ["make"]:
             assert f"\n{words[-1]}:" in (ROOT / "Makefile").read_text(), line
         if script := re.search(r"\bpython (benchmarks/\w+\.py)", line):
@@ -242,7 +249,7 @@ def test_the_readmes_figures_are_those_that_were_measured() -> None:
 
 
 def test_the_files_beside_data_md_are_read(workplace: Path) -> None:
-    """Each is linked, becomes examples, and the rows on the page are in them; alpaca says the same in each kind of file."""
+    """Each is linked and becomes examples; the rows on the page are in them; alpaca is one in all kinds of file."""
     from lorafit import load_model, read_examples
 
     page = ROOT / "docs" / "data.md"
@@ -256,10 +263,11 @@ def test_the_files_beside_data_md_are_read(workplace: Path) -> None:
         assert all(any(label >= 0 for label in example.labels) for example in examples)
         ids.setdefault(file.stem, [example.ids for example in examples])
         assert ids[file.stem] == [example.ids for example in examples]
-    lines = [line for file in files if file.suffix == ".jsonl" for line in file.read_text(encoding="utf-8").splitlines()]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.suffix == ".jsonl"]
+    rows = [json.loads(line) for text in texts for line in text.splitlines()]
     on_page = [json.loads(block) for block in blocks(page, "json")]
     assert len(on_page) == len(ids) == 5
-    assert [row for row in on_page if row not in map(json.loads, lines)] == []
+    assert [row for row in on_page if row not in rows] == []
 
 
 def test_errors_md_has_every_error() -> None:
@@ -269,6 +277,20 @@ def test_errors_md_has_every_error() -> None:
     family = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.LorafitError)]
     expected = {(cls.__name__, str(cls.exit_code), (cls.__doc__ or "").strip()) for cls in family}
     assert set(rows) == {(name, code, " ".join(doc.split())) for name, code, doc in expected}
+
+
+def test_file_format_md_has_every_field() -> None:
+    """Those that are needed, those that are read, those that are history, those that have to be off."""
+    from lorafit.adapter import peft_config
+
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", (ROOT / "docs" / "file-format.md").read_text(), re.MULTILINE)
+    known = peft_config.DEFAULTS
+    said = {name: what for cell, what in rows for name in re.findall(r"`(\w+)`", cell) if name in known}
+    assert said.keys() == known.keys()
+    for name, what in said.items():
+        assert what.startswith("needed") == (name in peft_config.NEEDED), name
+        assert what.startswith("how it was made") == (name in peft_config.HISTORY), name
+        assert what.startswith("has to be off") == (name in peft_config.UNSUPPORTED), name
 
 
 def test_moving_from_peft_names_what_there_is() -> None:
@@ -289,7 +311,8 @@ def test_moving_from_peft_names_what_there_is() -> None:
         for code in re.findall(r"`([^`]+)`", theirs):
             name = re.match(r"\w+", code.removeprefix("peft.").removeprefix("model."))
             assert name, code
-            assert any(re.search(rf"\b{name[0]}\b", text) for text in sources.values()), f"{code} is nowhere in PEFT or TRL"
+            known = any(re.search(rf"\b{name[0]}\b", text) for text in sources.values())
+            assert known, f"{code} is nowhere in PEFT or TRL"
         for code in re.findall(r"`([^`]+)`", here):
             if code.startswith("lorafit "):
                 continue  # test_commands_are_understood
