@@ -9,7 +9,7 @@ from soak import crashes, kills, signals
 SAMPLE = 23  # of the calls of all saves, one in so many
 
 
-@pytest.mark.parametrize("case", (1, 3))
+@pytest.mark.parametrize("case", [1, 3])
 def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bytes(case: int, tmp_path: Path) -> None:
     assert kills.run(case, tmp_path) is None
 
