@@ -41,7 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {}, {"variant": "dora"}, {}),
 }
 SHORT = {2: ("plain", "dora", "tied", "lora_ga", "gpt2"), 3: ("plain",)}
-LONG = {2: tuple(CASES), 3: tuple(CASES)}
+LONG = {2: tuple(CASES), 3: tuple(name for name in CASES if name != "experts")}  # 4, of which a third would have none
 PROMPT = [5, 6, 7]
 
 
@@ -108,7 +108,8 @@ def test_a_sharded_base_trains_the_same_adapter(
 ) -> None:
     monkeypatch.setattr(load, "load_tokenizer", lambda *args, **options: None)
     whole = trained(folders[name], name, False)
-    loss, weight = (1e-6, 1e-4) if name == "experts" else (1e-12, 1e-9)  # the experts are in fp32
+    # The experts are in fp32, where AdamW makes a share of a step (1e-2) of the rounding of a gradient near 0.
+    loss, weight = (1e-6, 1e-3) if name == "experts" else (1e-12, 1e-9)
     shares = 0
     for found in dealt(size, names):
         assert not isinstance(found, str), found
