@@ -92,8 +92,8 @@ def _leave(here: World) -> None:
     if not here.is_main:
         store.set(gone[here.rank - 1], "")
     elif gone:
-        with suppress(RuntimeError):  # of a process that has died meanwhile nobody has to be told any more
-            store.wait(gone, timedelta(minutes=1))
+        with suppress(RuntimeError):  # they need moments; one that has died meanwhile will not come
+            store.wait(gone, timedelta(seconds=10))
 
 
 def all_reduce(tensors: Iterable[Tensor]) -> None:
