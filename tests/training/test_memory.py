@@ -328,6 +328,7 @@ print("steps", len(result.history))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's limit on a process's memory")
+@pytest.mark.slow
 def test_a_process_that_may_not_have_more_memory_finishes() -> None:
     """For real: a pass of 6,400 tokens keeps over a gigabyte, and 400 MiB may be had."""
     done = subprocess.run(
